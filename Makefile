@@ -1,0 +1,57 @@
+# make demo    ask the bundled model about a picture (light: no torch)
+# make test    everything that must pass before a change lands
+# make format  let ruff rewrite the code
+# make clean   remove what the above have made
+#
+# PYTHON=/path/to/python picks the interpreter. Only relative paths below, so that a clone may lie anywhere.
+
+PICTURE ?= examples/scene.png
+QUESTION ?= What is in the picture?
+
+PYTHON ?= $(shell sh .ci/find-python)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# A stamp is written only after a complete install, and names the folder that it was made for: an editable install
+# does not survive a move. Without its stamp an environment is made anew, whatever state it is in.
+HERE := $(shell pwd | cksum | cut -d ' ' -f 1)
+DEMO_STAMP := .venv-demo/complete-$(HERE)
+TEST_STAMP := .venv/complete-$(HERE)
+
+.PHONY: demo test format clean
+
+demo: $(DEMO_STAMP)
+	@.venv-demo/bin/python -m svcli chat "$(PICTURE)" "$(QUESTION)"
+
+test: $(TEST_STAMP)
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+	.venv/bin/lint-imports
+	.venv/bin/python -m pytest
+
+format: $(TEST_STAMP)
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
+clean:
+	rm -rf .venv .venv-demo dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(DEMO_STAMP): pyproject.toml constraints.txt
+	@echo "Setting up .venv-demo (once; about a minute)" >&2
+	@$(call fresh_venv,.venv-demo)
+	@.venv-demo/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu]"
+	@touch "$@"
+
+$(TEST_STAMP): pyproject.toml constraints.txt
+	@echo "Setting up .venv (once; some minutes, most of them for torch)" >&2
+	@$(call fresh_venv,.venv)
+	@.venv/bin/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that knows dependency groups
+	@.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,torch,data]" --group dev
+	@touch "$@"
+
+define fresh_venv
+test -n "$(PYTHON)" || { \
+  echo "No Python 3.10 or newer with venv found. Install one (Debian: apt install python3-venv), or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+  exit 1; }; \
+"$(PYTHON)" -m venv --clear $(1)
+endef

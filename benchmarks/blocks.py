@@ -1,0 +1,264 @@
+"""What stands between the markers of the documents: each block is made from measured results, recipe or code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import RESULTS
+from skipvision.config import ModelConfig
+from skipvision.data.kinds import KINDS
+from skipvision.data.names import COLOURS, SHAPES
+from skipvision.layout import ImageSpan
+from skipvision.recipe import load_recipe
+
+_RECIPE = Path(__file__).parents[1] / "recipes" / "skipvision-tiny.toml"
+_TASKS = {
+    "what": "what is this",
+    "colour": "which colour",
+    "count": "how many",
+    "where": "where",
+    "presence": "is there",
+    "read": "what does it say",
+    "describe": "describe",
+}
+_SPLITS = {
+    "test": "unseen compositions",
+    "test_style": "unseen drawing style",
+    "test_font": "unseen fonts",
+    "test_photo": "unseen photographs",
+}
+_TWINS = {
+    "skip": "skipping",
+    "skip-half": "skipping, half as many retained",
+    "dense": "dense",
+    "random-drop": "random drop",
+    "blind": "blind",
+}
+_STAGES = {"vision": "vision", "prefill": "prefill", "first_token": "first token", "decode_token": "decode, one token"}
+
+
+class NotMeasuredError(ValueError):
+    """A result that no script has written yet."""
+
+
+@lru_cache
+def result(name: str) -> Any:
+    """The results of one script. Raises NotMeasuredError where it was not run."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise NotMeasuredError(f"benchmarks/results/{name}.json is missing: run `python -m benchmarks.{name}`")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
+
+
+def seconds(value: float) -> str:
+    """With three figures, in the unit that reads best."""
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def mebibytes(value: float) -> str:
+    return f"{value / 2**20:.3g} MiB"
+
+
+def on_machine(found: Any) -> str:
+    """Where and when something was measured."""
+    machine, versions = found["machine"], found["versions"]
+    tools = ", ".join(f"{name} {versions[name]}" for name in ("onnxruntime", "torch") if name in versions)
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    return f"{machine['cpu']}, {threads}, {tools}, {found['date']}"
+
+
+def accuracy() -> str:
+    """The shipped model, per task and split."""
+    found = result("accuracy")
+    splits = {name: found["splits"][name] for name in _SPLITS}
+    easy = found["splits"]["easy_vqa"]
+    rows = [
+        [title, *(percent(each["tasks"][task]["share"]) if task in each["tasks"] else "" for each in splits.values())]
+        for task, title in _TASKS.items()
+    ]
+    rows += [
+        ["**mean over tasks**", *(f"**{percent(each['mean_over_tasks'])}**" for each in splits.values())],
+        ["all questions", *(percent(each["share"]) for each in splits.values())],
+        ["number of questions", *(f"{each['questions']:,}" for each in splits.values())],
+    ]
+    return (
+        table(["", *_SPLITS.values()], rows)
+        + f"\n\nOfficial test questions of easy-VQA: **{percent(easy['share'])}** of {easy['questions']:,} right."
+        + f" Answers are those of the bundle, greedy, {found['engine']} {found['precision']}, {found['date']}."
+    )
+
+
+def twins() -> str:
+    """The variants at one short, equal budget."""
+    found = result("twins")
+    measured = {name: found["twins"][name] for name in _TWINS if name in found["twins"]}
+    budgets = {(each["steps"], each["questions"]) for each in measured.values()}
+    if len(budgets) != 1:
+        raise NotMeasuredError("the twins were not trained at one budget: run `python -m benchmarks.twins` for all")
+    ((steps, questions),) = budgets
+    shares = {name: each["accuracy"] for name, each in measured.items()}
+    rows = [
+        [title, *(percent(share[task]) if task in share else "" for share in shares.values())]
+        for task, title in _TASKS.items()
+    ]
+    rows.append(["**mean over tasks**", *(f"**{percent(share['all'])}**" for share in shares.values())])
+    text = table(["", *(_TWINS[name] for name in measured)], rows)
+    text += f"\n\n{steps:,} steps each, same pictures and seed; {questions:,} questions about unseen compositions."
+    if not {"skip", "dense"} <= shares.keys():
+        return text
+    points = 100 * (shares["skip"]["all"] - shares["dense"]["all"])
+    return text + f" Skipping is {abs(points):.1f} points {'above' if points > 0 else 'below'} dense."
+
+
+def speed() -> str:
+    """Dense against skipped in ONNX Runtime."""
+    found = result("speed")
+    cache, flops, chat = found["kv_cache"], found["flops"], found["chat"]
+    rows = [
+        _compared(title, found["onnxruntime"][stage], seconds, flops.get(stage, {}).get("ratio"))
+        for stage, title in _STAGES.items()
+    ]
+    kept = {name: cache[name]["bytes"] for name in ("dense", "skipped")}
+    rows += [
+        ["KV cache of the answer", *map(mebibytes, kept.values()), f"{kept['skipped'] / kept['dense']:.2f}", "", ""],
+        _compared("opening the graphs", found["session_load"], seconds, None),
+        _compared("a whole `svcli chat`", chat["seconds"], seconds, None),
+        _compared("its peak memory", chat["peak_bytes"], mebibytes, None),
+    ]
+    fall = flops["prefill_fall"]
+    return (
+        table(["", "dense", "skipped", "ratio", "95 %", "FLOPs ratio"], rows)
+        + f"\n\nMedians of alternating runs with the same weights, {found['precision']}; {on_machine(found)}."
+        + f" In prefill, FLOPs fall by {percent(fall['flops'])} and time by"
+        + f" {percent(fall['onnxruntime']['time'])}: {fall['onnxruntime']['quotient']:.2f} of that."
+    )
+
+
+def _compared(title: str, row: Any, unit: Callable[[float], str], flops: float | None) -> list[str]:
+    found = row["ratio"]
+    return [
+        title,
+        unit(row["dense"]["median"]),
+        unit(row["skipped"]["median"]),
+        f"{found['ratio']:.2f}",
+        f"{found['low']:.2f} to {found['high']:.2f}",
+        "" if flops is None else f"{flops:.2f}",
+    ]
+
+
+def engines() -> str:
+    """ONNX Runtime against PyTorch."""
+    found = result("speed")
+    columns = [(runner, name) for runner in ("torch", "onnxruntime") for name in ("dense", "skipped")]
+    titles = {"torch": "PyTorch fp32", "onnxruntime": f"ONNX Runtime {found['precision']}"}
+    rows = [
+        [title, *(seconds(found[runner][stage][name]["median"]) for runner, name in columns)]
+        for stage, title in _STAGES.items()
+    ]
+    header = ["", *(f"{titles[runner]}, {name}" for runner, name in columns)]
+    return table(header, rows) + f"\n\nMedians, the four in turn; {on_machine(found)}."
+
+
+def start() -> str:
+    """Whole processes."""
+    found = result("speed")
+    chat = found["chat"]
+    help_time, chat_time = found["help"]["seconds"]["median"], chat["seconds"]["skipped"]["median"]
+    return (
+        f"`svcli --help` takes {seconds(help_time)}. A whole `svcli chat`, from the start of the process to its end,"
+        f" takes {seconds(chat_time)} for an answer of {chat['answer_tokens']['skipped']} tokens, and at most"
+        f" {mebibytes(chat['peak_bytes']['skipped']['median'])} of memory ({on_machine(found)})."
+    )
+
+
+def training_time() -> str:
+    """A step dense against skipped, and the run that made the shipped model."""
+    found = result("training_time")
+    recipe, encoding, share = found["recipe"], found["encoding"], found["ffn_share"]
+    step, flops = found["step"], found["flops_per_picture"]
+    pictures = recipe["scenes"] + (4000 if recipe["easy_vqa"] else 0)
+    text = (
+        table(
+            ["", "dense", "skipped", "ratio", "95 %", "FLOPs ratio"],
+            [_compared(f"a step of {recipe['batch_size']} pictures", step, seconds, flops["ratio"])],
+        )
+        + f"\n\nForward, backward and update in {recipe['dtype']}, alternating; {on_machine(found)}."
+        + f" The FFN has {percent(share['of_layer_weights'])} of a decoder layer's weights (LLaMA-3-8B: 80.8 %) and"
+        + f" {percent(share['of_decoder_flops'])} of the dense decoder's FLOPs at this length."
+        + f" Composing and encoding {pictures:,} pictures at {encoding['pictures_per_second']:.3g} a second takes"
+        + f" {pictures / encoding['pictures_per_second'] / 60:.0f} minutes, once."
+    )
+    if "run" not in found:
+        return text
+    return (
+        text + f" The {found['run']['steps']:,} steps of the shipped model took {found['run']['minutes']:.0f} minutes."
+    )
+
+
+def selection() -> str:
+    """Whether what is retained is what matters."""
+    found = result("accuracy").get("selection")
+    if found is None:
+        raise NotMeasuredError("nothing was selected: run `python -m benchmarks.accuracy` with --selection")
+    titles = {"covered": "patches that show a thing", "glyph": "patches that show a letter or digit"}
+    rows = [
+        [title, percent(found[name]["recall"]), percent(found["random"]), percent(found[name]["best"])]
+        for name, title in titles.items()
+    ]
+    header = ["retained, of all", "by CLS attention", "by chance", "at best"]
+    return table(header, rows) + f"\n\n{found['pictures']:,} pictures of unseen compositions."
+
+
+def model() -> str:
+    """Sizes, from the recipe."""
+    config: ModelConfig = load_recipe(_RECIPE).model
+    vision, text, span = config.vision, config.text, ImageSpan.of(config)
+    layers = ", ".join(map(str, vision.feature_layers))
+    rows = [
+        ["picture", f"{vision.image_size} x {vision.image_size} pixels, {vision.num_patches} patches"],
+        [
+            "vision encoder",
+            f"ViT, {vision.num_layers} layers of {vision.hidden_size}, frozen; layers {layers} are read",
+        ],
+        ["retained", f"{span.num_retained} patches, by the attention of CLS in layer {vision.select_layer}"],
+        ["skipped", f"{span.num_skipped} tokens, merged from the other {vision.num_patches - span.num_retained}"],
+        ["kept after prefill", f"{span.num_kept} rows an image, {span.num_summary} of them summaries"],
+        ["decoder", f"{text.num_layers} layers of {text.hidden_size}, FFN {text.intermediate_size}"],
+        ["attention", f"{text.num_heads} heads of {text.head_dim}, {text.num_kv_heads} KV heads"],
+    ]
+    return "\n".join(["| | |", "|---|---|", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def vocabulary() -> str:
+    """All that it has names for."""
+    return (
+        f"- {len(SHAPES)} shapes: {', '.join(SHAPES)};\n- in {len(COLOURS)} colours: {', '.join(COLOURS)};\n"
+        f"- {len(KINDS)} kinds of things: {', '.join(kind.name for kind in KINDS)}."
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "twins": twins,
+    "speed": speed,
+    "engines": engines,
+    "start": start,
+    "training": training_time,
+    "selection": selection,
+    "model": model,
+    "vocabulary": vocabulary,
+}

@@ -1,0 +1,75 @@
+"""Writes measured figures into the documents, between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
+
+python -m benchmarks.tables            # after measuring
+python -m benchmarks.tables --check    # exit 1 where a document does not say what was measured
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from pathlib import Path
+
+from benchmarks.blocks import BLOCKS, NotMeasuredError
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "benchmarks/README.md", "models/skipvision-tiny/README.md"))
+_BLOCK = re.compile(r"(<!-- begin: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
+_WIDTH = 120
+
+
+def filled(text: str) -> tuple[str, list[str]]:
+    """The document with every block made anew, and what was missing: those blocks stay as they are."""
+    missing: list[str] = []
+
+    def fill(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in BLOCKS:
+            raise SystemExit(f"there is no block {name!r}; known: {', '.join(BLOCKS)}")
+        try:
+            return f"{begin}\n{wrapped(BLOCKS[name]())}\n\n{end}"
+        except NotMeasuredError as error:
+            missing.append(str(error))
+            return match.group()
+
+    return _BLOCK.sub(fill, text), missing
+
+
+def wrapped(text: str) -> str:
+    """Lines of prose cut to the width of the documents; tables as they are."""
+    lines = text.split("\n")
+    return "\n".join(
+        line
+        if line.startswith("|")
+        else textwrap.fill(line, _WIDTH, subsequent_indent="  " * line.startswith("- "), break_on_hyphens=False)
+        for line in lines
+    )
+
+
+def problems() -> list[str]:
+    """Why the documents are not what was measured; empty where they are."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        fresh, missing = filled(text)
+        found += missing
+        if fresh != text:
+            found.append(f"{document.relative_to(ROOT)} is out of date: run `python -m benchmarks.tables`")
+    return list(dict.fromkeys(found))
+
+
+def main() -> None:
+    """Writes or checks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    if not parser.parse_args().check:
+        for document in DOCUMENTS:
+            text = document.read_text(encoding="utf-8")
+            document.write_text(filled(text)[0], encoding="utf-8")
+    if found := problems():
+        raise SystemExit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()

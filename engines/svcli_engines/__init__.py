@@ -1,0 +1,1 @@
+"""A bundle runs: pictures and messages in, text out."""

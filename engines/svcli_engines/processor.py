@@ -1,0 +1,99 @@
+"""Pictures and messages to what an engine takes. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from skipvision.config import ModelConfig
+from skipvision.layout import ImageSpan, TokenLayout
+from svcli_engines.base import Pixels
+from svcli_export.chat import ChatTokenizer, Message
+from svcli_export.contract import Contract
+from svcli_export.manifest import Manifest
+from svcli_export.pixels import to_pixels
+
+
+class PromptError(ValueError):
+    """A question that cannot be asked; the message has the numbers."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as ids, one placeholder for each picture."""
+
+    ids: list[int]
+    layout: TokenLayout
+
+
+class Processor:
+    """Image processing, chat template and tokenizer of one bundle."""
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        """Raises BundleError for a broken tokenizer or template."""
+        self.manifest = manifest
+        self.config: ModelConfig = manifest.config
+        self.span = ImageSpan.of(self.config)
+        self.contract: Contract = manifest.contract
+        self.stop_ids = frozenset(manifest.chat.stop_ids)
+        self._chat = ChatTokenizer.load(bundle, manifest.chat.template)
+
+    def pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """[I, 3, S, S] of RGB pictures of any size."""
+        return np.stack([to_pixels(image, self.manifest.image) for image in images])
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Ids and layout of a conversation that ends with a question.
+
+        Raises PromptError for an empty question, too many pictures, or more rows than the context has.
+        """
+        if not messages or not messages[-1].content.strip():
+            raise PromptError("the question is empty")
+        num_images, most = sum(message.images for message in messages), self.contract.max_images
+        if num_images > most:
+            raise PromptError(f"{num_images} pictures are more than the {most} that this model was exported for")
+        ids = self._chat.encode(messages)
+        layout = TokenLayout.of(ids, self.manifest.chat.image_id, self.config)
+        # One row more, for the first token of the answer.
+        if layout.num_kept + 1 > self.contract.capacity:
+            raise PromptError(
+                f"the conversation needs {layout.num_kept + 1} rows of context and there are {self.contract.capacity}"
+            )
+        return Prompt(ids, layout)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self._chat.decode(ids)
+
+
+class TextStream:
+    """Tokens to text piece by piece; a character is handed out when all of its bytes are there."""
+
+    def __init__(self, processor: Processor) -> None:
+        self._processor = processor
+        self._ids: list[int] = []
+        self._shown = self._start = 0
+        """Tokens whose text is out, and where decoding starts: a little earlier, for tokens that join."""
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; may be empty."""
+        self._ids.append(token)
+        text = self._pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: bytes that never became a character."""
+        text = self._pending()
+        self._start = self._shown = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._processor.decode(self._ids[self._start : self._shown])
+        return self._processor.decode(self._ids[self._start :])[len(before) :]

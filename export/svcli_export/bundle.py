@@ -1,0 +1,205 @@
+"""Checkpoint to bundle: graphs, weights and manifest, checked against PyTorch and put in place in one move."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from PIL import Image
+
+import skipvision
+from skipvision.checkpoint import load_checkpoint, write_directory
+from skipvision.config import ModelConfig, SkipConfig
+from skipvision.layout import TokenLayout
+from skipvision.model import SkipVisionModel
+from skipvision.tokenizer import END, IMAGE
+from svcli_export.chat import ChatTokenizer, Message
+from svcli_export.contract import CUSTOM_DOMAIN, Contract, GraphName, Precision, build_contract
+from svcli_export.decoder_graphs import decode_graph, prefill_graph
+from svcli_export.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    ChatFormat,
+    GraphOps,
+    ImageProcessing,
+    Manifest,
+    file_entry,
+    required_files,
+)
+from svcli_export.pixels import to_pixels
+from svcli_export.quantize import stored_tensors
+from svcli_export.verify import NUM_TOKENS, verify, violations
+from svcli_export.vision_graph import vision_graph
+from svcli_export.weights import WEIGHTS_FILE, WeightFile
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of the export that is done before it."""
+
+_GRAPHS = (vision_graph, prefill_graph, decode_graph)
+_CHECK_QUESTION = "What is this?"
+
+
+class ExportError(ValueError):
+    """An export that was refused; nothing was written."""
+
+
+def export_bundle(
+    checkpoint: Path,
+    output: Path,
+    *,
+    precision: Precision = "int8",
+    max_context: int = 1024,
+    max_images: int = 2,
+    skip: SkipConfig | Literal["off"] | None = None,
+    pictures: Sequence[Path] = (),
+    overwrite: bool = False,
+    progress: Progress = lambda _what, _share: None,
+) -> Manifest:
+    """Writes the bundle `output` and returns its manifest.
+
+    `skip` overrides the checkpoint's setting ("off": the plain model). `pictures` are what the check looks at; test
+    cards are drawn where there are none. An interrupted or refused export leaves an older bundle as it was.
+
+    Raises ExportError, or what the parts raise: CheckpointError, ConfigError, ContractError (all ValueError).
+    """
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output} is a file; choose another folder")
+    if output.exists() and not overwrite:
+        raise ExportError(f"{output} exists; allow overwriting it, or choose another folder")
+    if output.exists() and not (output / MANIFEST_FILE).is_file() and any(output.iterdir()):
+        raise ExportError(f"{output} is not empty and holds no bundle; choose another folder")
+    progress("reading the checkpoint", 0.0)
+    model = _with_skip(load_checkpoint(checkpoint), skip)
+    contract = build_contract(model.config, max_context, max_images, precision)
+    tokenizer, template = (_read(checkpoint / name) for name in (TOKENIZER_FILE, "chat_template.jinja"))
+    images = _check_pictures(pictures)
+    written: list[Manifest] = []
+
+    def write(folder: Path) -> None:
+        progress("writing weights and graphs", 0.1)
+        (folder / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
+        weights = WeightFile.write(stored_tensors(model, contract), folder / WEIGHTS_FILE)
+        ops: dict[GraphName, GraphOps] = {}
+        for build, spec in zip(_GRAPHS, contract.graphs, strict=True):
+            graph = build(model.config, contract, weights)
+            onnx.save(graph, folder / spec.file)
+            ops[spec.name] = _count_ops(graph)
+        progress("checking the graphs against PyTorch", 0.3)
+        manifest = _checked_manifest(model, contract, folder, template, images, ops)
+        (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        written.append(manifest)
+
+    write_directory(output, write)
+    progress("done", 1.0)
+    return written[0]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _with_skip(model: SkipVisionModel, skip: SkipConfig | Literal["off"] | None) -> SkipVisionModel:
+    """The model with another skip setting: the same weights, but for the summary layer that the plain model lacks."""
+    asked = None if skip == "off" else skip
+    override = model.config.skip if skip is None else asked
+    if override is not None and override.selector == "random":
+        raise ExportError("skip.selector random draws anew at each call; export with cls_attention or uniform")
+    if override == model.config.skip:
+        return model
+    config = replace(model.config, skip=override)
+    if override is not None and model.config.skip is None:
+        raise ExportError(
+            "this checkpoint is a plain model and has no summary layer, so it cannot skip; train it with skipping"
+        )
+    other = SkipVisionModel(config)
+    wanted = other.state_dict().keys()
+    other.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
+    return other.eval()
+
+
+def _checked_manifest(
+    model: SkipVisionModel,
+    contract: Contract,
+    folder: Path,
+    template: str,
+    images: Sequence[Image.Image],
+    ops: dict[GraphName, GraphOps],
+) -> Manifest:
+    config = model.config
+    image = ImageProcessing(
+        image_size=config.vision.image_size, mean=config.vision.image_mean, std=config.vision.image_std
+    )
+    tokenizer = ChatTokenizer.load(folder, template)
+    image_id, end_id = (tokenizer.tokenizer.token_to_id(token) for token in (IMAGE, END))
+    if image_id is None or end_id is None:
+        raise ExportError(f"the tokenizer has no {IMAGE if image_id is None else END} token, which chat needs")
+    prompt = tokenizer.encode([Message("user", _CHECK_QUESTION, images=1)])
+    if prompt.count(image_id) != 1:
+        raise ExportError(f"the chat template writes {prompt.count(image_id)} {IMAGE} tokens for one picture, not one")
+    rows = TokenLayout.of(prompt, image_id, config).num_kept + NUM_TOKENS
+    if rows > contract.capacity:
+        wanted = contract.max_context + rows - contract.capacity
+        raise ExportError(f"max_context {contract.max_context} is too small for one question; ask for {wanted} or more")
+    pixels = np.stack([to_pixels(picture, image) for picture in images])
+    check = verify(model, contract, folder, pixels, prompt, image_id)
+    if found := violations(check, contract.precision):
+        raise ExportError(
+            f"the exported graphs do not do what the model does ({'; '.join(found)}); nothing was written"
+        )
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        model=_as_json(config),
+        contract=contract,
+        image=image,
+        chat=ChatFormat(template=template, image_id=image_id, stop_ids=(end_id,)),
+        graphs=ops,
+        files={name: file_entry(folder / name) for name in required_files(contract)},
+        tools={
+            "svcli": skipvision.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "onnx", "onnxruntime")},
+        },
+        check=check,
+    )
+
+
+def _count_ops(graph: onnx.ModelProto) -> GraphOps:
+    ops = Counter(node.op_type for node in graph.graph.node)
+    custom = Counter(node.op_type for node in graph.graph.node if node.domain == CUSTOM_DOMAIN)
+    return GraphOps(ops=dict(ops.most_common()), custom_ops=dict(custom.most_common()))
+
+
+def _as_json(config: ModelConfig) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(config.to_json())
+    return data
+
+
+def _check_pictures(paths: Sequence[Path]) -> list[Image.Image]:
+    """The pictures at `paths`, or drawn test cards: coloured stripes, a disc, noise."""
+    if paths:
+        try:
+            return [Image.open(path).convert("RGB") for path in paths]
+        except OSError as error:  # an unknown format is one too
+            raise ExportError(f"a picture for the check cannot be read: {error}") from None
+    y, x = np.mgrid[0:96, 0:128] / 96
+    disc = (x - 0.6) ** 2 + (y - 0.5) ** 2 < 0.1
+    noise = np.random.default_rng(0).random((96, 128, 3))
+    cards: list[npt.NDArray[Any]] = [
+        np.stack([x * 12 % 1, y, 1 - x / 2], axis=-1),
+        np.where(disc[..., None], [0.9, 0.1, 0.1], [0.2, 0.4, 0.8]),
+        noise * np.stack([x / 2, y, disc], axis=-1),
+    ]
+    return [Image.fromarray((255 * card.clip(0, 1)).astype(np.uint8)) for card in cards]

@@ -1,0 +1,184 @@
+"""manifest.json of a bundle: what it is, what it needs, and whether its files are whole. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from skipvision.config import ConfigError, ModelConfig, from_mapping
+from svcli_export.contract import Contract, ContractError, GraphName, build_contract
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+_REMEDY = "re-export it with `svcli export`"
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used; one sentence with what is wrong and what mends it."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageProcessing(_Strict):
+    """How a picture becomes pixels: padded to a square with the mean colour, resized, normalised."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    """Per channel, of values in 0..1; also the colour of the padding."""
+    std: tuple[float, float, float]
+
+
+class ChatFormat(_Strict):
+    """How messages become ids."""
+
+    template: str
+    """Jinja2, over `messages` of {role, images: int, content: str}."""
+    image_id: int
+    """Placeholder id of one picture."""
+    stop_ids: tuple[int, ...]
+    """Ids that end an answer."""
+
+
+class FileEntry(_Strict):
+    """A file of the bundle as it was written."""
+
+    sha256: str
+    size: int
+
+
+class StageCheck(_Strict):
+    """How far one stage in ONNX Runtime is from PyTorch; worst over all pictures and steps."""
+
+    name: str
+    max_error: float
+    """Largest difference, relative to the largest value of the reference."""
+    cosine: float
+    norm_ratio: float
+    """The one furthest from 1."""
+
+
+class GraphOps(_Strict):
+    """What a graph is made of."""
+
+    ops: dict[str, int]
+    """Op type to count, most frequent first."""
+    custom_ops: dict[str, int]
+    """Those of our own domain."""
+
+
+class ExportCheck(_Strict):
+    """Outcome of the check that ends an export."""
+
+    stages: tuple[StageCheck, ...]
+    num_pictures: int
+    num_tokens: int
+    """Greedy tokens compared, teacher-forced by PyTorch."""
+    agreement: float
+    """Share of them that are the same."""
+
+
+class Manifest(_Strict):
+    """Everything that chat must know of a model beside its graphs and its tokenizer."""
+
+    format_version: int
+    model: dict[str, Any]
+    contract: Contract
+    image: ImageProcessing
+    chat: ChatFormat
+    graphs: dict[GraphName, GraphOps]
+    files: dict[str, FileEntry]
+    tools: dict[str, str]
+    """Versions of what wrote the bundle."""
+    check: ExportCheck
+
+    @property
+    def config(self) -> ModelConfig:
+        return from_mapping(ModelConfig, self.model, "model")
+
+
+def file_entry(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return FileEntry(sha256=digest.hexdigest(), size=path.stat().st_size)
+
+
+def load_manifest(bundle: Path, *, check_files: bool = True) -> Manifest:
+    """The manifest of a bundle folder, after every file of it was hashed (unless `check_files` is False).
+
+    Raises BundleError for a folder that is no bundle, a missing, cut or altered file, broken JSON, another format
+    version, or a contract that does not belong to the model.
+    """
+    manifest = _parse(bundle, _read(bundle))
+    try:
+        limits = manifest.contract
+        expected = build_contract(manifest.config, limits.max_context, limits.max_images, limits.precision)
+    except (ConfigError, ContractError) as error:
+        raise BundleError(f"{bundle}: {MANIFEST_FILE} describes an impossible model ({error}); {_REMEDY}") from None
+    if expected != manifest.contract:
+        raise BundleError(f"{bundle}: its graph contract is not the one this version of svcli uses; {_REMEDY}")
+    needed = set(required_files(manifest.contract))
+    if unlike := sorted(needed ^ manifest.files.keys()):
+        problem = "does not list" if unlike[0] in needed else "lists the unknown file"
+        raise BundleError(f"{bundle}: {MANIFEST_FILE} {problem} {unlike[0]}; {_REMEDY}")
+    if check_files:
+        for name, problem in file_problems(bundle, manifest).items():
+            raise BundleError(f"{bundle}: {name} {problem}; {_REMEDY}")
+    return manifest
+
+
+def required_files(contract: Contract) -> tuple[str, ...]:
+    """Files that a bundle cannot do without, manifest.json aside."""
+    return (*(graph.file for graph in contract.graphs), "weights.safetensors", TOKENIZER_FILE)
+
+
+def file_problems(bundle: Path, manifest: Manifest) -> dict[str, str]:
+    """What is wrong with which file; empty where all are as they were written."""
+    problems = {}
+    for name, entry in manifest.files.items():
+        path = bundle / name
+        if not path.is_file():
+            problems[name] = "is missing"
+        elif path.stat().st_size != entry.size:
+            problems[name] = f"has {path.stat().st_size} bytes instead of {entry.size}"
+        elif file_entry(path) != entry:
+            problems[name] = "was altered (its sha256 differs)"
+    return problems
+
+
+def _read(bundle: Path) -> dict[str, Any]:
+    if not bundle.is_dir():
+        raise BundleError(f"{bundle}: no such bundle folder; write one with `svcli export`")
+    try:
+        data = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{bundle}: has no {MANIFEST_FILE}, so it is no bundle; write one with `svcli export`"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{bundle}: {MANIFEST_FILE} is unreadable ({error}); {_REMEDY}") from None
+    if not isinstance(data, dict):
+        raise BundleError(f"{bundle}: {MANIFEST_FILE} is not a JSON object; {_REMEDY}")
+    return data
+
+
+def _parse(bundle: Path, data: dict[str, Any]) -> Manifest:
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{bundle}: bundle format {version!r} is not the {FORMAT_VERSION} that is read here; {_REMEDY}"
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{bundle}: {MANIFEST_FILE} at {where}: {first['msg']}; {_REMEDY}") from None

@@ -1,0 +1,62 @@
+"""Opening a graph in ONNX Runtime, the same way for the check after export and for chat. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+Provider = Literal["cpu", "cuda"]
+
+_ERRORS_ONLY = 3
+_FUSES_INT8 = (1, 24)
+"""ONNX Runtime 1.23, the last for Python 3.10, has no 8 bit kernel for one scale per channel."""
+
+
+class ProviderError(ValueError):
+    """What this installation of ONNX Runtime cannot do; one sentence with what mends it."""
+
+
+def open_session(graph: Path, *, provider: Provider = "cpu", num_threads: int | None = None) -> ort.InferenceSession:
+    """Raises ProviderError for `cuda` where it cannot be had, or a graph that this ONNX Runtime cannot open."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    # On a busy machine threads that spin take the cores from those that work.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if _version() >= _FUSES_INT8:
+        # DequantizeLinear + MatMul become one 8 bit kernel. Level 4 lets it use the CPU's int8 dot products; -1 lets it
+        # choose how many weights share a scale.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+        options.add_session_config_entry("session.qdq_matmulnbits_block_size", "-1")
+    else:
+        # int8 weights become fp32 once, while loading, instead of at every step.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    providers = ["CPUExecutionProvider"]
+    if provider == "cuda":
+        providers.insert(0, _cuda_provider())
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=providers)
+    except (Fail, InvalidGraph, NoKernel) as error:
+        advice = "install a newer one, or export with precision int8"
+        raise ProviderError(f"onnxruntime {ort.__version__} cannot open {graph.name}; {advice}") from error
+    if provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise ProviderError("CUDA could not be started; run with the provider cpu, or check the driver with nvidia-smi")
+    return session
+
+
+def _version() -> tuple[int, int]:
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _cuda_provider() -> str:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise ProviderError(
+            "this onnxruntime has no CUDA; install svcli[gpu] instead of svcli[cpu], or use the provider cpu"
+        )
+    return "CUDAExecutionProvider"

@@ -1,0 +1,213 @@
+"""What a Skip-Vision model is, as frozen dataclasses. Imports no torch, so that chat can read it.
+
+Every field is validated where it is declared; unknown keys in a file are errors, never dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, get_type_hints
+
+ConfigType = TypeVar("ConfigType")
+
+Selector = Literal["cls_attention", "random", "uniform"]
+Visibility = Literal["image", "all"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the field and what is allowed."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_numbers(config: object, table: str = "", **at_least: float) -> None:
+    """Raises ConfigError unless all numbers in the dataclass `config` are finite and positive.
+
+    Fields named in `at_least` have that bound instead. `table` stands before the name in the message.
+    """
+    for name, value in vars(config).items():
+        bound = f"at least {at_least[name]}" if name in at_least else "positive"
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float):
+                good = number >= at_least[name] if name in at_least else number > 0
+                require(good and abs(number) < math.inf, f"{table}{name} must be finite and {bound}, got {number}")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A pre-norm ViT with a CLS token, read at a few of its layers."""
+
+    image_size: int = 224
+    """Side of the square input in pixels."""
+    patch_size: int = 14
+    """Side of one patch in pixels; must divide image_size."""
+    hidden_size: int = 384
+    intermediate_size: int = 1536
+    num_layers: int = 9
+    num_heads: int = 6
+    layer_norm_eps: float = 1e-6
+    feature_layers: tuple[int, ...] = (3, 6, 9)
+    """Hidden states handed to the projector, side by side; 0 is the embedding, num_layers the output."""
+    select_layer: int = 8
+    """Layer (1-based) whose CLS attention ranks the patches."""
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        require_numbers(self, "vision.", feature_layers=0, image_mean=-math.inf)
+        require(self.image_size % self.patch_size == 0, "vision.patch_size must divide vision.image_size")
+        require(self.hidden_size % self.num_heads == 0, "vision.num_heads must divide vision.hidden_size")
+        require(bool(self.feature_layers), "vision.feature_layers must name at least one layer")
+        require(
+            max(self.feature_layers) <= self.num_layers,
+            f"vision.feature_layers must lie between 0 and {self.num_layers}",
+        )
+        require(self.select_layer <= self.num_layers, f"vision.select_layer must lie between 1 and {self.num_layers}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def num_layers_run(self) -> int:
+        """Layers up to the last one that is read."""
+        return max(*self.feature_layers, self.select_layer)
+
+    @property
+    def feature_size(self) -> int:
+        return self.hidden_size * len(self.feature_layers)
+
+
+@dataclass(frozen=True)
+class SkipConfig:
+    """How visual tokens are split before the decoder (Skip-Vision, section 4). None in ModelConfig: plain model."""
+
+    num_retained: int = 96
+    """Visual tokens that keep their FFN and their KV rows."""
+    num_skipped: int = 64
+    """Tokens that the rest is merged to; they pass attention only and leave the KV cache after prefill.
+    0 drops the rest outright (the random-drop and uniform-drop baselines)."""
+    selector: Selector = "cls_attention"
+    visibility: Visibility = "image"
+    """Who attends to skipped rows: `all` later rows (the paper's training), or only rows of the same `image`,
+    which makes dropping them after prefill exact."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, "skip.", num_skipped=0)
+        require(self.selector in ("cls_attention", "random", "uniform"), f"skip.selector: unknown {self.selector!r}")
+        require(self.visibility in ("image", "all"), f"skip.visibility: unknown {self.visibility!r}")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Llama-type decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    num_layers: int = 6
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        require_numbers(self, "text.")
+        require(self.num_heads % self.num_kv_heads == 0, "text.num_kv_heads must divide text.num_heads")
+        require(self.head_dim % 2 == 0, "text.head_dim must be even (RoPE)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One vision-language model."""
+
+    vision: VisionConfig
+    text: TextConfig
+    skip: SkipConfig | None = None
+    projector_position: bool = True
+    """Add a learned row and column embedding to every projected patch, so that a token that is moved or merged
+    still knows where it came from."""
+
+    def __post_init__(self) -> None:
+        if self.skip is not None:
+            rest = self.vision.num_patches - self.skip.num_retained
+            require(rest >= 0, f"skip.num_retained must be at most {self.vision.num_patches} (the patches of an image)")
+            require(self.skip.num_skipped <= rest, f"skip.num_skipped must be at most {rest} (what is not retained)")
+
+    @property
+    def num_retained(self) -> int:
+        return self.vision.num_patches if self.skip is None else self.skip.num_retained
+
+    @property
+    def num_skipped(self) -> int:
+        return 0 if self.skip is None else self.skip.num_skipped
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> ModelConfig:
+        """Raises ConfigError for text that is no such config, an unknown key or a value out of range."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not JSON: {error}") from None
+        return from_mapping(ModelConfig, data)
+
+
+def from_mapping(cls: type[ConfigType], data: Any, where: str = "") -> ConfigType:
+    """Builds the dataclass `cls` from plain JSON or TOML values.
+
+    Raises ConfigError for anything but a mapping, an unknown or missing key, or a value of the wrong type.
+    """
+    require(isinstance(data, Mapping), f"{where or 'config'}: expected a table, got {type(data).__name__}")
+    hints = get_type_hints(cls)
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(known))
+    require(
+        not unknown,
+        f"{where or 'config'}: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}",
+    )
+    needed = (name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING)
+    missing = [name for name in needed if name not in data]
+    require(not missing, f"{where or 'config'}: missing key {', '.join(map(repr, missing))}")
+    values = {key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in data.items()}
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    options: tuple[Any, ...] = getattr(hint, "__args__", ())
+    if type(None) in options:
+        if value is None:
+            return None
+        hint = next(option for option in options if option is not type(None))
+        options = getattr(hint, "__args__", ())
+    if hasattr(hint, "__dataclass_fields__"):
+        return from_mapping(hint, value, where)
+    origin = getattr(hint, "__origin__", None)
+    if origin is Literal:
+        require(value in options, f"{where}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{where}: expected a list, got {value!r}")
+        item_hints = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        require(len(item_hints) == len(value), f"{where}: expected {len(item_hints)} values, got {len(value)}")
+        return tuple(_convert(item, each, where) for item, each in zip(item_hints, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    require(type(value) is hint, f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    return value

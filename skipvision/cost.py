@@ -1,0 +1,109 @@
+"""What one sequence costs, dense or skipped, from sizes and a layout alone. No torch.
+
+A multiply-add counts as 2 FLOPs and only matrix products count; norms, softmax, RoPE and activations are left out, as
+is usual. Attention counts every pair of rows, because that is what a masked kernel computes. With width d, query width
+q, key width k, FFN width m, n attending rows and n_f rows in the FFN, one decoder layer takes
+
+    (4 d q + 4 d k) n  +  4 n^2 q  +  6 d m n_f
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from skipvision.config import ModelConfig, TextConfig, VisionConfig
+from skipvision.layout import ImageSpan, TokenLayout
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one prompt and the tokens behind it take."""
+
+    vision_flops: int
+    """All pictures: encoder, projector, merge and summaries."""
+    prefill_flops: int
+    """The whole prompt, and the logits of its last row."""
+    decode_flops: int
+    """The first token that is decoded behind the prompt; each later one takes slightly more."""
+    kv_bytes: int
+    """KV cache after prefill."""
+
+
+def prompt_cost(config: ModelConfig, layout: TokenLayout, bytes_per_element: int = 2) -> Cost:
+    """The cost of `layout` on the model of `config`; `bytes_per_element` is that of the KV cache."""
+    text = config.text
+    return Cost(
+        vision_flops=len(layout.images) * vision_flops(config),
+        prefill_flops=decoder_flops(text, layout) + head_flops(text),
+        decode_flops=decode_flops(text, layout.num_kept),
+        kv_bytes=kv_bytes(text, layout.num_kept, bytes_per_element),
+    )
+
+
+def dense(config: ModelConfig, layout: TokenLayout) -> tuple[ModelConfig, TokenLayout]:
+    """The same model and prompt without Skip-Vision: every patch is retained. `prompt_cost` takes both."""
+    plain = replace(config, skip=None)
+    segments = tuple(s if isinstance(s, int) else ImageSpan.of(plain) for s in layout.segments)
+    return plain, TokenLayout(segments)
+
+
+def layer_flops(text: TextConfig, rows: int, ffn_rows: int, cached_rows: int = 0) -> int:
+    """One decoder layer: `rows` new rows attend to themselves and `cached_rows`; `ffn_rows` of them pass the FFN."""
+    query, key = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    projections = 4 * text.hidden_size * (query + key) * rows
+    attention = 4 * query * rows * (cached_rows + rows)
+    return projections + attention + 6 * text.hidden_size * text.intermediate_size * ffn_rows
+
+
+def decoder_flops(text: TextConfig, layout: TokenLayout) -> int:
+    """All layers over the whole of `layout`: skipped rows attend, and bypass the FFN."""
+    return text.num_layers * layer_flops(text, layout.length, layout.num_kept)
+
+
+def head_flops(text: TextConfig) -> int:
+    """The logits of one row."""
+    return 2 * text.hidden_size * text.vocab_size
+
+
+def decode_flops(text: TextConfig, cached_rows: int, new_rows: int = 1) -> int:
+    """`new_rows` tokens behind `cached_rows`, with the logits of the last."""
+    return text.num_layers * layer_flops(text, new_rows, new_rows, cached_rows) + head_flops(text)
+
+
+def kv_bytes(text: TextConfig, rows: int, bytes_per_element: int = 2) -> int:
+    """K and V of `rows` rows in all layers."""
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * rows * bytes_per_element
+
+
+def vision_flops(config: ModelConfig) -> int:
+    """One picture, from pixels to visual rows."""
+    return encoder_flops(config.vision) + projector_flops(config) + split_flops(config)
+
+
+def encoder_flops(vision: VisionConfig) -> int:
+    """The ViT up to the last layer that is read, CLS row included."""
+    width, rows = vision.hidden_size, 1 + vision.num_patches
+    patch_embedding = 2 * 3 * vision.patch_size**2 * width * vision.num_patches
+    block = 8 * width**2 * rows + 4 * width * rows**2 + 4 * width * vision.intermediate_size * rows
+    return patch_embedding + vision.num_layers_run * block
+
+
+def projector_flops(config: ModelConfig) -> int:
+    """The two linear layers."""
+    width = config.text.hidden_size
+    return 2 * (config.vision.feature_size + width) * width * config.vision.num_patches
+
+
+def split_flops(config: ModelConfig) -> int:
+    """Ranking, merge and summaries: what Skip-Vision itself adds to one picture."""
+    vision, width, skip = config.vision, config.text.hidden_size, config.skip
+    if skip is None:
+        return 0
+    rest, skipped = vision.num_patches - skip.num_retained, skip.num_skipped
+    ranking = 2 * vision.hidden_size * (1 + vision.num_patches) if skip.selector == "cls_attention" else 0
+    summaries = 4 * width * (skip.num_retained + skipped)  # a score and a weighted sum over either group
+    if not 0 < skipped < rest:
+        return ranking + summaries
+    similarity = 2 * width * rest**2
+    means = 2 * width * skipped * (rest - skipped)
+    return ranking + similarity + means + summaries

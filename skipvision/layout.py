@@ -1,0 +1,199 @@
+"""Which position is text, retained, summary or skipped: the heart of Skip-Vision, in plain integers. No torch.
+
+One sequence is a list of segments. In *attention order* (what defines position ids and causality)
+an image is `[retained][summary 1][skipped][summary 2]`. In *memory order* all skipped rows of the sequence stand
+last, while position ids keep the attention order. So the FFN stream and the rows that survive in the KV cache are
+one plain slice, `[:num_kept]`, in every layer, and nothing is gathered or scattered inside a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from skipvision.config import ModelConfig, Visibility
+
+Ints = npt.NDArray[np.int64]
+
+TEXT, RETAINED, SUMMARY, SKIPPED = range(4)
+FOREVER = np.iinfo(np.int32).max
+"""`visible_until` of a row that every later row may attend to."""
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """The rows of one image."""
+
+    num_retained: int
+    num_skipped: int = 0
+    num_summary: int = 0
+    """2 where tokens are skipped, 1 where the rest was dropped outright, 0 in the plain model."""
+
+    @property
+    def length(self) -> int:
+        return self.num_retained + self.num_skipped + self.num_summary
+
+    @property
+    def num_kept(self) -> int:
+        """Rows that pass the FFN and stay in the KV cache."""
+        return self.num_retained + self.num_summary
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """Kind of each row, in attention order."""
+        first, last = min(self.num_summary, 1), max(self.num_summary - 1, 0)
+        groups = [(RETAINED, self.num_retained), (SUMMARY, first), (SKIPPED, self.num_skipped), (SUMMARY, last)]
+        return tuple(kind for kind, count in groups for _ in range(count))
+
+    @staticmethod
+    def of(config: ModelConfig) -> ImageSpan:
+        if config.skip is None:
+            return ImageSpan(config.num_retained)
+        return ImageSpan(config.num_retained, config.num_skipped, num_summary=2 if config.num_skipped else 1)
+
+
+Segment = int | ImageSpan
+"""A run of text rows, or an image."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where every row of one sequence stands.
+
+    `source` refers to a table of `num_ids` text embeddings (one per input id, the image placeholders included but
+    never read) followed by the visual rows of all images.
+    """
+
+    segments: tuple[Segment, ...]
+    visibility: Visibility = "image"
+
+    @staticmethod
+    def of(input_ids: Sequence[int], image_token_id: int, config: ModelConfig) -> TokenLayout:
+        """The layout of ids in which each image is one placeholder id."""
+        span = ImageSpan.of(config)
+        segments: list[Segment] = []
+        for token in input_ids:
+            if token == image_token_id:
+                segments.append(span)
+            elif segments and isinstance(segments[-1], int):
+                segments[-1] += 1
+            else:
+                segments.append(1)
+        return TokenLayout(tuple(segments), "image" if config.skip is None else config.skip.visibility)
+
+    @cached_property
+    def images(self) -> tuple[ImageSpan, ...]:
+        return tuple(segment for segment in self.segments if isinstance(segment, ImageSpan))
+
+    @cached_property
+    def num_ids(self) -> int:
+        return sum(segment if isinstance(segment, int) else 1 for segment in self.segments)
+
+    @cached_property
+    def length(self) -> int:
+        """Rows in attention order; the position of the first generated token."""
+        return sum(segment if isinstance(segment, int) else segment.length for segment in self.segments)
+
+    @cached_property
+    def kinds(self) -> Ints:
+        """[L] kind of each row, in attention order."""
+        runs = [[TEXT] * segment if isinstance(segment, int) else segment.kinds for segment in self.segments]
+        return np.array([kind for run in runs for kind in run], dtype=np.int64)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(image.num_skipped for image in self.images)
+
+    @property
+    def num_kept(self) -> int:
+        """Rows in the FFN stream, and in the KV cache after prefill."""
+        return self.length - self.num_skipped
+
+    @cached_property
+    def positions(self) -> Ints:
+        """[L] position id of each row in memory order: a permutation of arange(L), kept rows first."""
+        skipped = self.kinds == SKIPPED
+        return np.concatenate([np.flatnonzero(~skipped), np.flatnonzero(skipped)]).astype(np.int64)
+
+    @cached_property
+    def source(self) -> Ints:
+        """[L] row of the table (text embeddings, then visual rows) for each row in memory order."""
+        table: list[Ints] = []
+        next_id, next_visual = 0, self.num_ids
+        for segment in self.segments:
+            if isinstance(segment, int):
+                table.append(np.arange(next_id, next_id + segment))
+                next_id += segment
+            else:
+                table.append(np.arange(next_visual, next_visual + segment.length))
+                next_id += 1
+                next_visual += segment.length
+        attention_order = np.concatenate(table) if table else np.zeros(0, dtype=np.int64)
+        return attention_order.astype(np.int64)[self.positions]
+
+    @cached_property
+    def visible_until(self) -> Ints:
+        """[L] last position that may attend to each row, in memory order.
+
+        Row k is attended to by row q where `position[k] <= position[q] <= visible_until[k]`.
+        """
+        until = np.full(self.length, FOREVER, dtype=np.int64)
+        start = 0
+        for segment in self.segments:
+            length = segment if isinstance(segment, int) else segment.length
+            if isinstance(segment, ImageSpan) and self.visibility == "image":
+                rows = np.arange(start, start + length)
+                until[rows[self.kinds[rows] == SKIPPED]] = start + length - 1
+            start += length
+        return until[self.positions]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Several layouts side by side, the kept part and the skipped part padded apart.
+
+    All arrays are [B, num_kept + num_skipped], in memory order. Padding is never attended to.
+    """
+
+    source: Ints
+    """Row of the table (B * T text embeddings, then the visual rows of all images of the batch)."""
+    positions: Ints
+    visible_until: Ints
+    num_kept: int
+    """Width of the kept part: the FFN takes `[:, :num_kept]`."""
+    kept_lengths: Ints
+    """[B] rows that are really kept."""
+    next_positions: Ints
+    """[B] position of the first generated token."""
+
+    @staticmethod
+    def of(layouts: Sequence[TokenLayout], ids_width: int) -> BatchLayout:
+        """`ids_width`: T, the width of the padded [B, T] input ids."""
+        num_kept = max(layout.num_kept for layout in layouts)
+        width = num_kept + max(layout.num_skipped for layout in layouts)
+        source = np.zeros((len(layouts), width), dtype=np.int64)
+        # A padding row attends to every real row, so that its softmax is finite; nothing reads its result.
+        positions = np.full((len(layouts), width), max(layout.length for layout in layouts), dtype=np.int64)
+        visible_until = np.full((len(layouts), width), -1, dtype=np.int64)
+        next_visual = len(layouts) * ids_width
+        for row, layout in enumerate(layouts):
+            columns = np.r_[: layout.num_kept, num_kept : num_kept + layout.num_skipped]
+            visual = layout.source >= layout.num_ids
+            source[row, columns] = np.where(
+                visual, layout.source - layout.num_ids + next_visual, layout.source + row * ids_width
+            )
+            positions[row, columns] = layout.positions
+            visible_until[row, columns] = layout.visible_until
+            next_visual += sum(image.length for image in layout.images)
+        return BatchLayout(
+            source=source,
+            positions=positions,
+            visible_until=visible_until,
+            num_kept=num_kept,
+            kept_lengths=np.array([layout.num_kept for layout in layouts], dtype=np.int64),
+            next_positions=np.array([layout.length for layout in layouts], dtype=np.int64),
+        )

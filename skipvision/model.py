@@ -1,0 +1,136 @@
+"""Skip-Vision end to end: pictures and token ids in, logits and a reduced KV cache out.
+
+Shapes: B sequences, T ids (one placeholder per image), I images, V visual rows an image, L rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from skipvision.config import ModelConfig
+from skipvision.decoder import Decoder, KVCache
+from skipvision.layout import BatchLayout, ImageSpan
+from skipvision.merge import merge_tokens
+from skipvision.projector import Projector
+from skipvision.select import patch_scores, split_patches
+from skipvision.summary import SummaryPool
+from skipvision.vision import VisionEncoder
+
+
+def attention_mask(position_ids: Tensor, visible_until: Tensor) -> Tensor:
+    """[B, 1, L, L] bool from two [B, L] vectors of the layout: which row (first L) may look at which (second L)."""
+    query, key = position_ids[:, :, None], position_ids[:, None]
+    return ((key <= query) & (query <= visible_until[:, None]))[:, None]
+
+
+class SkipVisionModel(nn.Module):
+    """ViT, projector, Skip-Vision split, Llama-type decoder. `config.skip = None` is the plain model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.span = ImageSpan.of(config)
+        self.vision = VisionEncoder(config.vision)
+        self.projector = Projector(config)
+        self.summary = SummaryPool(config.text.hidden_size) if config.skip is not None else None
+        self.decoder = Decoder(config.text)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """[I, 3, H, W] to visual rows [I, V, D] in attention order: retained, summary, skipped, summary."""
+        return self.visual_rows(*self.vision(pixels))
+
+    def visual_rows(self, features: Tensor, cls_attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[I, P, F] and [I, P], as the encoder gives them, to [I, V, D] (Skip-Vision, section 4)."""
+        return self.split(self.projector(features), cls_attention, generator)
+
+    def split(self, tokens: Tensor, cls_attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Projected patches [I, P, D] to [I, V, D]: select, merge the rest, summarise both groups.
+
+        `generator` is what the random selector draws from.
+        """
+        skip = self.config.skip
+        if skip is None or self.summary is None:
+            return tokens
+        scores = patch_scores(skip.selector, cls_attention, skip.num_retained, generator)
+        retained_index, rest_index = split_patches(scores, skip.num_retained)
+        width = tokens.shape[-1]
+        retained = tokens.gather(1, retained_index[..., None].expand(-1, -1, width))
+        if skip.num_skipped == 0:
+            return torch.cat([retained, self.summary(retained)], 1)
+        rest = tokens.gather(1, rest_index[..., None].expand(-1, -1, width))
+        skipped = merge_tokens(rest, skip.num_skipped)
+        return torch.cat([retained, self.summary(retained), skipped, self.summary(skipped)], 1)
+
+    def embed(self, input_ids: Tensor, visual: Tensor, source: Tensor) -> Tensor:
+        """[B, L, D] in memory order, taken by `source` [B, L] from text embeddings [B*T] and `visual` [I, V, D]."""
+        text = self.decoder.embed(input_ids).flatten(0, 1)
+        return torch.cat([text, visual.flatten(0, 1).to(text.dtype)])[source]
+
+    def forward(self, input_ids: Tensor, visual: Tensor, batch: BatchLayout, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, num_kept, vocab] of the kept rows; `input_ids` [B, T]. Fills an empty `cache` if given."""
+        return self.decoder.logits(self._kept_rows(input_ids, visual, batch, cache))
+
+    def _kept_rows(self, input_ids: Tensor, visual: Tensor, batch: BatchLayout, cache: KVCache | None) -> Tensor:
+        """[B, num_kept, D] behind the last layer."""
+        device = input_ids.device
+        source, positions, until = (
+            torch.from_numpy(array).to(device) for array in (batch.source, batch.positions, batch.visible_until)
+        )
+        hidden = self.embed(input_ids, visual, source)
+        mask = attention_mask(positions, until)
+        return self.decoder(hidden, positions, mask, batch.num_kept, cache)  # type: ignore[no-any-return]
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for `capacity` kept rows, in the dtype and on the device of the weights."""
+        text, weight = self.config.text, self.decoder.embed.weight
+        shape = (batch_size, text.num_kv_heads, capacity, text.head_dim)
+        keys, values = ([weight.new_zeros(shape) for _ in range(text.num_layers)] for _ in range(2))
+        lengths, next_positions = (weight.new_zeros(batch_size, dtype=torch.long) for _ in range(2))
+        return KVCache(keys, values, lengths, next_positions)
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, visual: Tensor, batch: BatchLayout, capacity: int) -> tuple[Tensor, KVCache]:
+        """Logits [B, vocab] of each sequence's last row, and the reduced cache (skipped rows evicted).
+
+        Raises ValueError where the kept rows do not fit `capacity`.
+        """
+        if batch.num_kept > capacity:
+            raise ValueError(f"{batch.num_kept} rows do not fit a KV cache of {capacity}")
+        cache = self.new_cache(input_ids.shape[0], capacity)
+        hidden = self._kept_rows(input_ids, visual, batch, cache)
+        kept = torch.from_numpy(batch.kept_lengths).to(input_ids.device)
+        cache.lengths = kept
+        cache.next_positions = torch.from_numpy(batch.next_positions).to(input_ids.device)
+        last = hidden[torch.arange(len(kept), device=kept.device), kept - 1]
+        return self.decoder.logits(last), cache
+
+    @torch.no_grad()
+    def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits [B, n, vocab] of n new ids [B, n] behind the cache, which grows by n."""
+        if int(cache.lengths.max()) + input_ids.shape[1] > cache.capacity:
+            raise ValueError(f"the KV cache of {cache.capacity} rows is full")
+        return self.decoder.logits(self.decoder.extend(self.decoder.embed(input_ids), cache))
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Sequence[Sequence[int]], visual: Tensor, batch: BatchLayout, max_new_tokens: int, stop_id: int
+    ) -> list[list[int]]:
+        """Greedy continuation of each sequence, up to `stop_id` (left out) or `max_new_tokens`."""
+        width = max(map(len, input_ids))
+        padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in input_ids], device=visual.device)
+        logits, cache = self.prefill(padded, visual, batch, batch.num_kept + max_new_tokens)
+        answers: list[list[int]] = [[] for _ in input_ids]
+        running = [True] * len(answers)
+        for step in range(max_new_tokens):
+            token = logits.argmax(-1)
+            for row, value in enumerate(token.tolist()):
+                running[row] = running[row] and value != stop_id
+                if running[row]:
+                    answers[row].append(value)
+            if not any(running) or step == max_new_tokens - 1:
+                break
+            logits = self.decode(token[:, None], cache)[:, -1]
+        return answers

@@ -1,0 +1,92 @@
+"""A training recipe: a TOML file read into frozen dataclasses; unknown keys are errors."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skipvision.config import ConfigError, ModelConfig, from_mapping, require, require_numbers
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_SMALLEST_VOCABULARY = 261  # every byte, and the five special tokens
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Which pictures are made and encoded once, before training."""
+
+    num_scenes: int = 12000
+    """Composed pictures, seeds 0 to num_scenes - 1 of the train split."""
+    easy_vqa: bool = True
+    """Also the 4,000 train pictures of easy-VQA."""
+    question_draws: int = 4
+    """How many times questions are drawn for each picture; one pass over the data uses one draw."""
+    questions_per_draw: int = 8
+
+    def __post_init__(self) -> None:
+        require_numbers(self, "data.", num_scenes=0)
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """How the projector, the summary layer and the decoder are trained. The vision encoder stays frozen."""
+
+    steps: int = 2000
+    batch_size: int = 32
+    """Pictures a step."""
+    text_width: int = 144
+    """Text rows a picture: as many questions as fit."""
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-5
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    patch_loss: float = 0.5
+    """Weight of the auxiliary loss: what, and which colour, each projected patch shows."""
+    second_turn: float = 0.25
+    """Share of questions that follow another one in the same block, as in a conversation."""
+
+    def __post_init__(self) -> None:
+        free = dict.fromkeys(("min_learning_rate", "warmup_steps", "weight_decay", "patch_loss", "second_turn"), 0)
+        require_numbers(self, "optim.", **free)
+        require(self.second_turn <= 1, f"optim.second_turn must be at most 1, got {self.second_turn}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model from nothing but the packages that `skipvision.data` fetches."""
+
+    model: ModelConfig
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    seed: int = 0
+    vocab_size: int = 1280
+    """Upper bound; the model takes the number of tokens that the tokenizer found."""
+    blind: bool = False
+    """Train and answer without the picture: the baseline that shows what language alone can guess."""
+    save_every: int = 100
+    """Steps between resumable checkpoints."""
+    assets: str = "build/assets"
+    """Where `svcli data fetch` puts the packages, relative to the working directory."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, seed=0, vocab_size=_SMALLEST_VOCABULARY)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Raises ConfigError with the file and the key that is wrong."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    try:
+        return from_mapping(Recipe, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

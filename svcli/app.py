@@ -1,0 +1,55 @@
+"""The command line: which commands there are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svcli import __version__, ui
+from svcli.commands.chat import chat
+from svcli.commands.data import fetch
+from svcli.commands.export import export
+from svcli.commands.inspect import inspect
+from svcli.commands.train import train
+from svcli.errors import reported
+
+app = typer.Typer(
+    add_completion=False,
+    # Plain help: it starts faster, and reads the same as the one-line errors.
+    rich_markup_mode=None,
+    # Errors are ours to render: one sentence, see errors.py.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (chat, inspect, export, train):
+    app.command()(reported(command))
+data = typer.Typer(help="The art, fonts and words that training pictures are made of.")
+data.command()(reported(fetch))
+app.add_typer(data, name="data")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        ui.show(f"svcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Skip-Vision: vision-language models that skip most of what they see, trained, exported and run."""
+    del version  # its callback has done the work
+    if context.invoked_subcommand is None:
+        ui.welcome(
+            "Ask a small model about a picture, in this terminal.",
+            [
+                ('svcli chat PICTURE "what is this?"', "an answer, word by word"),
+                ("svcli inspect", "what the bundled model is made of"),
+                ("svcli --help", "everything else: export, train, data"),
+            ],
+        )

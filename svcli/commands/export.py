@@ -1,0 +1,87 @@
+"""`svcli export`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from svcli import ui
+from svcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from skipvision.config import SkipConfig
+
+
+class Precision(str, Enum):
+    """How weights are stored."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder that `svcli train` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Bundle folder to write.")],
+    precision: Annotated[Precision, typer.Option(help="How weights are stored.")] = Precision.INT8,
+    max_context: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rows of one conversation, as the plain model counts them.")
+    ] = 1024,
+    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures of one conversation.")] = 2,
+    skip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R/S|off",
+            help="Retained and skipped tokens of an image; what the model was trained with if left out.",
+        ),
+    ] = None,
+    pictures: Annotated[
+        list[Path] | None,
+        typer.Option("--picture", metavar="PATH", help="Picture for the check at the end; may be given several times."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is already there.")] = False,
+) -> None:
+    """Write a checkpoint as a bundle for chat.
+
+    Three ONNX graphs (vision, prefill, decode), one weight file and a manifest, checked against PyTorch at the end.
+    """
+    from svcli_export.bundle import export_bundle
+
+    setting = parse_skip(skip, checkpoint)
+    with ui.Progress() as progress:
+        manifest = export_bundle(
+            checkpoint,
+            output,
+            precision=precision.value,
+            max_context=max_context,
+            max_images=max_images,
+            skip=setting,
+            pictures=pictures or (),
+            overwrite=overwrite,
+            progress=lambda what, share: progress.update(what, share, 1.0),
+        )
+    check = manifest.check
+    ui.note(
+        f"{check.agreement:.1%} of {check.num_tokens} greedy tokens agree with PyTorch on {check.num_pictures} pictures"
+    )
+    ui.show(str(output))
+
+
+def parse_skip(text: str | None, checkpoint: Path) -> SkipConfig | Literal["off"] | None:
+    """`64/64`, `off`, or None for what the checkpoint says; all else about skipping stays as it was trained."""
+    from skipvision.config import ModelConfig, SkipConfig
+
+    if text is None:
+        return None
+    if text == "off":
+        return "off"
+    counts = re.fullmatch(r"(\d+)/(\d+)", text)
+    if counts is None:
+        raise UsageError(f"--skip {text}: write RETAINED/SKIPPED, such as 64/64, or off")
+    trained = ModelConfig.from_json((checkpoint / "config.json").read_text(encoding="utf-8")).skip
+    return replace(trained or SkipConfig(), num_retained=int(counts[1]), num_skipped=int(counts[2]))

@@ -1,0 +1,130 @@
+"""`svcli inspect`: what a bundle is made of, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from svcli import ui
+from svcli.settings import bundled_model
+
+if TYPE_CHECKING:
+    from svcli_export.contract import GraphSpec
+    from svcli_export.inspection import BundleSummary
+    from svcli_export.manifest import GraphOps, Manifest
+
+
+def inspect(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle folder; the bundled model if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show what a bundle is made of.
+
+    Settings, KV rows and bytes full against reduced, graphs with their shapes, hashes, and the export's own check.
+    """
+    from svcli_export.inspection import inspect_bundle
+    from svcli_export.manifest import BundleError
+
+    folder = bundle or bundled_model()
+    summary = inspect_bundle(folder)
+    if as_json:
+        ui.show(json.dumps({"path": str(folder), **facts(summary)}, indent=2))
+    else:
+        _render(folder, summary)
+    for name, problem in summary.file_problems.items():
+        raise BundleError(f"{folder}: {name} {problem}; re-export it with `svcli export`")
+
+
+def facts(summary: BundleSummary) -> dict[str, Any]:
+    """The summary for programs: rows of one image by stage, KV rows and bytes, and the whole manifest."""
+    return {
+        "rows_per_image": _rows_per_image(summary.manifest),
+        "kv_bytes_per_row": summary.manifest.contract.kv_bytes_per_row,
+        "kv_full": asdict(summary.kv_full),
+        "kv_reduced": asdict(summary.kv_reduced),
+        "size": summary.size,
+        "file_problems": summary.file_problems,
+        "manifest": summary.manifest.model_dump(mode="json"),
+    }
+
+
+def _rows_per_image(manifest: Manifest) -> dict[str, int]:
+    from skipvision.layout import ImageSpan
+
+    patches, span = manifest.config.vision.num_patches, ImageSpan.of(manifest.config)
+    return {"patches": patches, "attention": span.length, "feed_forward": span.num_kept, "kv_cache": span.num_kept}
+
+
+def _render(folder: Path, summary: BundleSummary) -> None:
+    manifest, contract, check = summary.manifest, summary.manifest.contract, summary.manifest.check
+    rows, full, reduced = _rows_per_image(manifest), summary.kv_full, summary.kv_reduced
+    ui.pairs(str(folder), _settings(manifest))
+    ui.table("Rows of one image", ("patches", "attention", "feed-forward", "KV cache"), [list(map(str, rows.values()))])
+    image_bytes = [ui.size(rows[stage] * contract.kv_bytes_per_row) for stage in ("patches", "kv_cache")]
+    shapes = [f"2 x [1, {contract.num_kv_heads}, {kv.rows}, {contract.head_dim}]" for kv in (full, reduced)]
+    ui.table(
+        "KV cache",
+        ("", "full", "reduced", "bytes full", "bytes reduced"),
+        [
+            ("one image", str(rows["patches"]), str(rows["kv_cache"]), *image_bytes),
+            ("capacity", str(full.rows), str(reduced.rows), ui.size(full.bytes_total), ui.size(reduced.bytes_total)),
+            ("  a layer", *shapes, ui.size(full.bytes_per_layer), ui.size(reduced.bytes_per_layer)),
+        ],
+    )
+    tensors = [tensor for graph in contract.graphs for tensor in _tensors(graph)]
+    ui.table("Graphs", ("graph", "", "name", "dtype", "shape"), tensors)
+    ui.table("Nodes", ("graph", "nodes", "of our own"), [_nodes(name, ops) for name, ops in manifest.graphs.items()])
+    files = manifest.files.items()
+    ui.table(
+        "Files",
+        ("file", "bytes", "sha256", ""),
+        [(name, f"{entry.size:,}", entry.sha256[:16], summary.file_problems.get(name, "ok")) for name, entry in files],
+    )
+    ui.table(
+        f"Against PyTorch, on {check.num_pictures} pictures: {check.agreement:.1%} of {check.num_tokens} tokens agree",
+        ("stage", "max error", "cosine", "norm ratio"),
+        [
+            (stage.name, f"{stage.max_error:.2g}", f"{stage.cosine:.6f}", f"{stage.norm_ratio:.6f}")
+            for stage in check.stages
+        ],
+    )
+
+
+def _settings(manifest: Manifest) -> list[tuple[str, str]]:
+    vision, text, skip = manifest.config.vision, manifest.config.text, manifest.config.skip
+    contract = manifest.contract
+    skipping = "off"
+    if skip is not None:
+        seen_by = "the same image" if skip.visibility == "image" else "all later rows"
+        skipping = f"{skip.num_retained} retained by {skip.selector}, {skip.num_skipped} skipped, visible to {seen_by}"
+    return [
+        ("vision", f"{vision.num_layers} layers of {vision.hidden_size}, {vision.num_patches} patches"),
+        ("decoder", f"{text.num_layers} layers of {text.hidden_size}, {text.num_kv_heads} KV heads of {text.head_dim}"),
+        ("skipping", skipping),
+        ("precision", f"{contract.precision} weights, {contract.compute_dtype} KV cache"),
+        ("limits", f"{contract.max_images} images, {contract.max_context} rows as the plain model counts them"),
+        ("written by", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
+    ]
+
+
+def _nodes(name: str, ops: GraphOps) -> tuple[str, str, str]:
+    own = ", ".join(f"{count} {op}" for op, count in ops.custom_ops.items())
+    return name, str(sum(ops.ops.values())), own or "none"
+
+
+def _tensors(graph: GraphSpec) -> list[tuple[str, ...]]:
+    """Inputs and outputs; what repeats with every layer is shown for the first, as layer N."""
+    found: list[tuple[str, ...]] = []
+    for direction, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+        for tensor in tensors:
+            if tensor.name.split(".")[1:2] not in ([], ["0"]):
+                continue
+            shape = ", ".join(map(str, tensor.shape))
+            found.append((graph.name, direction, tensor.name.replace(".0.", ".N."), tensor.dtype, f"[{shape}]"))
+    return found

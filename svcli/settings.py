@@ -1,0 +1,20 @@
+"""What svcli takes from its surroundings: where the bundled model lies, and whether to show tracebacks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+DEFAULT_MODEL = "skipvision-tiny"
+
+
+def bundled_model() -> Path:
+    """The folder of the model that comes with svcli: inside the installed package, or in the tree of a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "models" / DEFAULT_MODEL
+    return installed if installed.is_dir() else package.parent / "models" / DEFAULT_MODEL
+
+
+def debugging() -> bool:
+    """Whether `SVCLI_DEBUG` asks for tracebacks."""
+    return os.environ.get("SVCLI_DEBUG", "") not in ("", "0")

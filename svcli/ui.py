@@ -1,0 +1,247 @@
+"""Everything that is drawn: results go to stdout, all else to stderr. The only file that knows rich.
+
+Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.control import Control
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as BarProgress
+from rich.segment import ControlType
+from rich.table import Table
+from rich.text import Text
+
+# Answers and file names may hold anything; none of it may steer the terminal.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_TABLE_STYLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "pad_edge": False}
+_PLAIN = str.maketrans({"→": "->", "·": "|", "…": "..."})
+
+
+def printable(text: str) -> str:
+    """The text with every control character but newline and tab made visible."""
+    return _CONTROL_CHARACTERS.sub("\ufffd", text)
+
+
+def stdout() -> Console:
+    # Where no terminal sets a width, tables get room enough not to be folded.
+    width = None if sys.stdout.isatty() else 160
+    return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def error(message: str) -> None:
+    """What went wrong, in one sentence."""
+    _remark("Error:", "bold red", message)
+
+
+def note(message: str) -> None:
+    """What the user should know, though nothing went wrong."""
+    _remark("Note:", "yellow", message)
+
+
+def show(line: str) -> None:
+    """One line of a result."""
+    stdout().print(printable(line), soft_wrap=True)
+
+
+def welcome(greeting: str, first_steps: Sequence[tuple[str, str]]) -> None:
+    """A greeting and what to try first: commands, and what each is for."""
+    console = stdout()
+    console.print(greeting, end="\n\n")
+    width = max(len(command) for command, _ in first_steps)
+    beside = console.width >= width + max(len(purpose) for _, purpose in first_steps) + 5
+    for command, purpose in first_steps:
+        console.print(f"  {command:{width}}", style="bold", end="   " if beside else "\n    ", soft_wrap=True)
+        console.print(purpose, style="dim", soft_wrap=True)
+
+
+def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """A title and what is known about it, one fact a line, on stdout."""
+    view = Table(title=printable(title), show_header=False, **_TABLE_STYLE)
+    view.add_column(style="dim", no_wrap=True)
+    view.add_column(overflow="fold")
+    for row in rows:
+        view.add_row(*map(printable, row))
+    stdout().print(view, "")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout."""
+    view = Table(title=title, header_style="dim", **_TABLE_STYLE)
+    for column in columns:
+        view.add_column(column, overflow="fold")
+    for row in rows:
+        view.add_row(*map(printable, row))
+    stdout().print(view, "")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that reads best."""
+    divisor, unit = _unit(num_bytes)
+    return f"{num_bytes / divisor:.3g} {unit}"
+
+
+def size_change(before: float, after: float) -> str:
+    """Two sizes in the unit that reads best for the larger; one of them where they are the same."""
+    divisor, unit = _unit(max(before, after))
+    first, second = (f"{each:.1f}" if each < 10 else f"{each:.0f}" for each in (before / divisor, after / divisor))
+    return f"{first} {unit}" if before == after else f"{first}→{second} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds below a tenth of a second, else seconds."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
+
+
+def _remark(label: str, style: str, message: str) -> None:
+    console = stderr()
+    text = Text.assemble((label, style), " ", _encodable(console, printable(message)))
+    # One line for programs, whole words for people.
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _unit(num_bytes: float) -> tuple[int, str]:
+    for power, unit in enumerate(("B", "KiB", "MiB")):
+        if num_bytes / 1024**power < 999.5:
+            return 1024**power, unit
+    return 1024**3, "GiB"
+
+
+class Progress:
+    """How far something long has come, on stderr: a bar on a terminal, else now and then a plain line."""
+
+    SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self) -> None:
+        self._console = stderr()
+        self._live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._bar = BarProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self._console,
+            expand=True,
+            disable=not self._live,
+        )
+        self._task: TaskID | None = None
+        self._what = ""
+        self._last_line = 0.0
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.stop()
+
+    def update(self, what: str, done: float, total: float, *facts: str) -> None:
+        """`done` of `total` of `what`. Another `what` begins a bar of its own, so that its time left is its own."""
+        joined = _encodable(self._console, " · ".join(facts))
+        if what != self._what:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what, total=total, facts=joined)
+            self._bar.update(self._task, completed=done)
+        elif self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, facts=joined)
+        if not self._live and (what != self._what or time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES):
+            self.log(" ".join([what, f"{done / total:.0%}", *facts]))
+        self._what = what
+
+    def log(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        self._bar.console.print(printable(line), soft_wrap=True)
+        self._last_line = time.monotonic()
+
+
+class ChatView:
+    """One answer as it comes: waiting line, text, closing line. The two lines appear on a terminal only.
+
+    However it is left, nothing stays behind on the line where the terminal goes on.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = stderr()
+        self._quiet = quiet
+        self._decorated = self._console.is_terminal and not quiet
+        self._waiting = False
+        self._at_line_start = True
+
+    def __enter__(self) -> ChatView:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.end_line()
+
+    def wait(self, message: str) -> None:
+        """Say what takes time; the first word of the answer takes its place."""
+        if self._decorated and not self._console.is_dumb_terminal:
+            text = _encodable(self._console, printable(message))
+            self._console.print(text, style="dim", end="", no_wrap=True, overflow="ellipsis")
+            self._waiting = True
+
+    def say(self, text: str) -> None:
+        """Write a piece of the answer to stdout at once."""
+        if not text:
+            return
+        self._erase()
+        # Before the text is out: Ctrl-C may come as soon as a reader has it.
+        self._at_line_start = text.endswith("\n")
+        sys.stdout.write(printable(text))
+        sys.stdout.flush()
+
+    def note(self, *messages: str) -> None:
+        """What the user should know about the pictures or the answer."""
+        if messages and not self._quiet:
+            self._erase()
+            for message in messages:
+                note(message)
+
+    def end_line(self) -> None:
+        """The answer is over, or broken off: what follows begins on a line of its own."""
+        self._erase()
+        if not self._at_line_start:
+            self.say("\n")
+
+    def footer(self, parts: Sequence[str]) -> None:
+        """`parts` as one dim line, broken only between parts, on a terminal only."""
+        if self._decorated:
+            for line in pack(parts, self._console.width):
+                self._console.print(_encodable(self._console, line), style="dim", soft_wrap=True)
+
+    def _erase(self) -> None:
+        if self._waiting:
+            self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+            self._waiting = False
+
+
+def pack(parts: Sequence[str], width: int, separator: str = " · ") -> list[str]:
+    """The parts joined into as few lines as fit `width`."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(separator) + len(part) <= width:
+            lines[-1] += separator + part
+        else:
+            lines.append(part)
+    return lines
+
+
+def _encodable(console: Console, text: str) -> str:
+    """The text in letters that the console's encoding has."""
+    try:
+        text.encode(console.encoding)
+    except (LookupError, UnicodeEncodeError):
+        return text.translate(_PLAIN)
+    return text

@@ -1,0 +1,61 @@
+"""The documents say what was measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("accuracy", "speed", "tables", "training_time", "twins")
+
+
+def test_every_figure_in_the_documents_is_the_one_that_was_measured() -> None:
+    assert tables.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("document", "blocks"),
+    [
+        ("README.md", {"accuracy", "twins", "speed", "start"}),
+        (
+            "models/skipvision-tiny/README.md",
+            {"model", "vocabulary", "accuracy", "twins", "selection", "speed", "training"},
+        ),
+    ],
+)
+def test_no_document_lost_a_block(document: str, blocks: set[str]) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert all(f"<!-- begin: {name} -->\n" in text and f"<!-- end: {name} -->" in text for name in blocks)
+
+
+def test_a_figure_that_was_changed_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "README.md"
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "DOCUMENTS", (document,))
+    text, missing = tables.filled("before\n<!-- begin: model -->\n<!-- end: model -->\nafter\n")
+    document.write_text(text, encoding="utf-8")
+    assert missing == []
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert tables.problems() == []
+    document.write_text(text.replace("256 patches", "257 patches"), encoding="utf-8")
+    assert tables.problems() == ["README.md is out of date: run `python -m benchmarks.tables`"]
+
+
+def test_an_unknown_block_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="no block 'speeed'"):
+        tables.filled("<!-- begin: speeed -->\n<!-- end: speeed -->\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_says_how_it_is_used(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout

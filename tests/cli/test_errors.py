@@ -1,0 +1,72 @@
+"""Whatever is raised becomes one sentence on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import typer
+
+from skipvision.config import ConfigError
+from skipvision.data.errors import DataError
+from svcli.errors import BROKEN_PIPE, UsageError, explain, reported
+
+
+def test_what_the_user_gave_is_2_and_what_failed_is_1() -> None:
+    assert explain(ConfigError("skip.num_retained must be at least 1")) == ("skip.num_retained must be at least 1", 2)
+    assert explain(UsageError("say which")) == ("say which", 2)
+    assert explain(DataError("fetch the assets first")) == ("fetch the assets first", 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("onnxruntime", "cpu"), ("torch.nn", "torch"), ("onnx", "torch"), ("resvg_py", "data")]
+)
+def test_a_missing_extra_comes_with_its_install_command(module: str, extra: str) -> None:
+    sentence, code = explain(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    assert sentence.endswith(f'pip install "svcli[{extra}]"')
+    assert code == 1
+
+
+def test_an_os_error_names_the_file() -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "secret.png")
+    assert explain(error) == ("secret.png: Permission denied", 1)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), ValueError("not\nours"), RuntimeError(), ModuleNotFoundError("x", name="x")]
+)
+def test_anything_else_is_called_unexpected_in_one_line(error: Exception) -> None:
+    sentence, code = explain(error)
+    assert code == 1
+    assert sentence.startswith(f"unexpected {type(error).__name__}")
+    assert "SVCLI_DEBUG=1" in sentence
+    assert "\n" not in sentence
+
+
+def run(error: BaseException) -> int:
+    @reported
+    def command() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as raised:
+        command()
+    return raised.value.exit_code
+
+
+def test_traceback_only_when_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(RuntimeError("boom")) == 1
+    assert capsys.readouterr() == ("", "Error: unexpected RuntimeError: boom (set SVCLI_DEBUG=1 to see where)\n")
+
+    monkeypatch.setenv("SVCLI_DEBUG", "1")
+    assert run(RuntimeError("boom")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt_is_130_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_left_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(BrokenPipeError(errno.EPIPE, "Broken pipe")) == BROKEN_PIPE
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,76 @@
+"""Help appears at once, and says what there is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import skipvision
+from svcli.app import app
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"PIL", "jinja2", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers", "torch"}
+COMMANDS = ("chat", "export", "inspect", "train", "data")
+
+
+# typer itself loads pydantic for everything but the main help.
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--help"], HEAVY | {"pydantic"}),
+        (["--version"], HEAVY | {"pydantic"}),
+        (["chat", "--help"], HEAVY),
+        (["train", "--help"], HEAVY),
+        ([], HEAVY),
+    ],
+)
+def test_help_loads_nothing_heavy(arguments: list[str], heavy: set[str]) -> None:
+    program = (
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'export'), str(ROOT / 'engines')]!r}\n"
+        f"sys.argv = ['svcli', *{arguments!r}]\n"
+        "from svcli.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        f"print('loaded', *sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert done.stderr.split() == ["loaded"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_explains_itself(command: str) -> None:
+    listed = CliRunner().invoke(app, ["--help"])
+    assert f"  {command} " in listed.stdout
+    shown = CliRunner().invoke(app, [command, "--help"])
+    assert shown.exit_code == 0
+    options = [line for line in shown.stdout.splitlines() if line.startswith("  -")]
+    assert options
+    assert all(re.search(r"\S  +\S", line) for line in options), shown.stdout
+
+
+def test_alone_it_says_what_to_try_first() -> None:
+    shown = CliRunner().invoke(app, [])
+    assert shown.exit_code == 0
+    assert [line.split()[:2] for line in shown.stdout.splitlines()[2:]] == [
+        ["svcli", "chat"],
+        ["svcli", "inspect"],
+        ["svcli", "--help"],
+    ]
+
+
+def test_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.stdout == f"svcli {skipvision.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["chat", "--nonsense"], ["chat"]])
+def test_wrong_usage_is_exit_code_2_and_nothing_on_stdout(arguments: list[str]) -> None:
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 2
+    assert shown.stdout == ""
+    assert "Error:" in shown.stderr

@@ -1,0 +1,205 @@
+"""The onnx engine answers as the torch engine does, whatever the prompt and however it is cut."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skipvision.layout import TokenLayout
+from svcli_engines import onnx_engine
+from svcli_engines.base import Engine, EngineError, Pixels
+from svcli_engines.onnx_engine import OnnxEngine
+from svcli_export.runtime import ProviderError, open_session
+from tests.engines.conftest import Exported
+from tests.export.tiny import IMAGE_SIZE
+
+IMAGE = 1
+NEW = [9, 10, 11, 12, 13]
+PROMPTS = {
+    "text only": [2, 7, 8, 3],
+    "one image first": [IMAGE, 2, 7, 8, 3],
+    "one image last": [2, 7, 8, IMAGE],
+    "two images": [IMAGE, 2, 7, IMAGE, 8, 3],
+    "nothing but an image": [IMAGE],
+}
+
+
+def pixels(count: int) -> Pixels:
+    return np.random.default_rng(count).standard_normal((count, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
+
+
+def prefill(engine: Engine, exported: Exported, ids: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    layout = TokenLayout.of(ids, IMAGE, exported.manifest.config)
+    visual = engine.encode(pixels(len(layout.images))) if layout.images else None
+    return engine.prefill(ids, visual, layout)
+
+
+@pytest.mark.parametrize("ids", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("fixture", ["exported", "exported_plain"])
+def test_onnx_equals_torch(request: pytest.FixtureRequest, fixture: str, ids: list[int]) -> None:
+    exported: Exported = request.getfixturevalue(fixture)
+    engine, reference = exported.onnx_engine(), exported.torch_engine()
+    np.testing.assert_allclose(prefill(engine, exported, ids), prefill(reference, exported, ids), atol=1e-4)
+    for step in (NEW[:3], NEW[3:4]):
+        np.testing.assert_allclose(engine.extend(step), reference.extend(step), atol=1e-4)
+        assert engine.length == reference.length
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.sets(st.integers(1, len(NEW) - 1)))
+def test_extend_is_the_same_for_any_split(exported: Exported, cuts: set[int]) -> None:
+    engine = exported.onnx_engine()
+    ids = PROMPTS["one image first"]
+    prefill(engine, exported, ids)
+    whole = engine.extend(NEW)
+    prefill(engine, exported, ids)
+    bounds = [0, *sorted(cuts), len(NEW)]
+    for start, end in itertools.pairwise(bounds):
+        logits = engine.extend(NEW[start:end])
+    np.testing.assert_allclose(logits, whole, atol=1e-5)
+
+
+def test_prefill_of_more_text_equals_extending_by_it(exported: Exported) -> None:
+    engine, ids = exported.onnx_engine(), PROMPTS["one image first"]
+    whole = prefill(engine, exported, ids + NEW)
+    prefill(engine, exported, ids)
+    np.testing.assert_allclose(engine.extend(NEW), whole, atol=1e-4)
+
+
+def test_a_longer_prompt_before_leaves_no_trace(exported: Exported) -> None:
+    engine = exported.onnx_engine()
+    fresh = prefill(engine, exported, PROMPTS["text only"]), engine.extend(NEW)
+    prefill(engine, exported, PROMPTS["two images"])
+    engine.extend(NEW)
+    again = prefill(engine, exported, PROMPTS["text only"]), engine.extend(NEW)
+    np.testing.assert_array_equal(fresh, again)
+
+
+def test_only_surviving_rows_are_counted(exported: Exported) -> None:
+    engine = exported.onnx_engine()
+    prefill(engine, exported, PROMPTS["two images"])
+    assert engine.length == 4 + 2 * (4 + 2)  # text, then retained and two summaries of each image
+    engine.extend(NEW)
+    assert engine.length == 4 + 2 * (4 + 2) + len(NEW)
+
+
+def test_caches_are_written_in_place(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: dict[str, int] = {}
+
+    def note(binding: ort.IOBinding, name: str, value: ort.OrtValue) -> None:
+        bound[name] = value.data_ptr()
+        original[name.startswith("past")](binding, name, value)
+
+    original = {True: ort.IOBinding.bind_ortvalue_input, False: ort.IOBinding.bind_ortvalue_output}
+    monkeypatch.setattr(ort.IOBinding, "bind_ortvalue_input", note)
+    monkeypatch.setattr(ort.IOBinding, "bind_ortvalue_output", note)
+    engine = exported.onnx_engine()
+    addresses = []
+    for _ in range(2):
+        prefill(engine, exported, PROMPTS["text only"])
+        engine.extend(NEW)
+        addresses.append(dict(bound))
+    assert addresses[0] == addresses[1]
+    for layer in range(2):
+        for part in ("key", "value"):
+            assert bound[f"past_key_values.{layer}.{part}"] == bound[f"present.{layer}.{part}"]
+    assert len({bound[name] for name in bound if name.startswith("past")}) == 4
+
+
+def test_cache_fills_to_the_last_row_and_no_further(exported: Exported) -> None:
+    engine, reference = exported.onnx_engine(), exported.torch_engine()
+    ids = PROMPTS["two images"]
+    prefill(engine, exported, ids)
+    prefill(reference, exported, ids)
+    rest = [5] * (engine.capacity - engine.length)
+    np.testing.assert_allclose(engine.extend(rest), reference.extend(rest), atol=1e-4)
+    assert engine.length == engine.capacity
+    with pytest.raises(EngineError, match="do not fit"):
+        engine.extend([5])
+
+
+def test_graphs_are_opened_when_needed(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def note(path: Path, **options: Any) -> ort.InferenceSession:
+        opened.append(path.stem)
+        return open_session(path, **options)
+
+    monkeypatch.setattr(onnx_engine, "open_session", note)
+    engine = exported.onnx_engine()
+    prefill(engine, exported, PROMPTS["text only"])
+    assert opened == ["prefill"]
+    engine.extend(NEW)
+    engine.extend(NEW)
+    assert opened == ["prefill", "decode"]
+    prefill(engine, exported, PROMPTS["one image first"])
+    assert opened == ["prefill", "decode", "vision"]
+    assert engine.load_seconds > 0
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_misuse_is_refused(exported: Exported, kind: str) -> None:
+    engine: Engine = exported.onnx_engine() if kind == "onnx" else exported.torch_engine()
+    layout = TokenLayout.of([IMAGE, 5], IMAGE, exported.manifest.config)
+    with pytest.raises(EngineError, match="prefill first"):
+        engine.extend([5])
+    with pytest.raises(EngineError, match="1 pictures and 0 were given"):
+        engine.prefill([IMAGE, 5], None, layout)
+    too_long = [5] * (engine.capacity + 1)
+    with pytest.raises(EngineError, match="does not fit"):
+        engine.prefill(too_long, None, TokenLayout.of(too_long, IMAGE, exported.manifest.config))
+    engine.prefill([5], None, TokenLayout.of([5], IMAGE, exported.manifest.config))
+    with pytest.raises(EngineError, match="0 new rows"):
+        engine.extend([])
+    engine.reset()
+    assert engine.length == 0
+    with pytest.raises(EngineError, match="prefill first"):
+        engine.extend([5])
+
+
+def test_cuda_without_cuda_is_one_clear_error(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match=r"svcli\[gpu\]"):
+        OnnxEngine(exported.bundle, exported.manifest, provider="cuda")
+
+
+_CHAT = """
+import sys
+from pathlib import Path
+from typing import Any
+import numpy as np
+from PIL import Image
+from svcli_engines.generate import Conversation, Stats
+from svcli_engines.onnx_engine import OnnxEngine
+from svcli_engines.processor import Processor
+from svcli_engines.sampling import Sampling
+from svcli_export.inspection import inspect_bundle
+from svcli_export.manifest import load_manifest
+import svcli_engines.torch_engine
+
+bundle = Path(sys.argv[1])
+inspect_bundle(bundle)
+manifest = load_manifest(bundle)
+conversation = Conversation(OnnxEngine(bundle, manifest), Processor(bundle, manifest))
+picture = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+for images in ([picture], []):
+    events = list(conversation.ask("what is this?", images, Sampling(max_new_tokens=3)))
+    assert isinstance(events[-1], Stats)
+unwanted = {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors"} & set(sys.modules)
+assert not unwanted, unwanted
+"""
+
+
+def test_chat_imports_no_torch(exported: Exported) -> None:
+    subprocess.run(
+        [sys.executable, "-c", _CHAT, str(exported.bundle)], check=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )

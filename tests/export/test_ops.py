@@ -1,0 +1,88 @@
+"""Custom ops: eager reference, fake shapes and ONNX function agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from svcli_export import ops
+from svcli_export.contract import OPSET
+
+
+def run_node(op_type: str, feeds: dict[str, np.ndarray[Any, Any]], **attributes: Any) -> np.ndarray[Any, Any]:
+    """One custom node through ONNX Runtime."""
+    node = helper.make_node(op_type, list(feeds), ["out"], domain="svcli", plugin_namespace="svcli", **attributes)
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in feeds.items()
+    ]
+    output_type = helper.np_dtype_to_tensor_dtype(next(iter(feeds.values())).dtype)
+    assert output_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+    graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("out", output_type, None)])
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("svcli", 1)]
+    model = helper.make_model(graph, functions=[ops.FUNCTIONS[op_type]()], opset_imports=opsets, ir_version=11)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feeds)[0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch=st.integers(1, 3), rows=st.integers(1, 7), taken=st.integers(0, 9), width=st.integers(1, 5))
+def test_token_gather_function_equals_its_reference(batch: int, rows: int, taken: int, width: int) -> None:
+    random = np.random.default_rng(batch * rows + taken)
+    data = random.standard_normal((batch, rows, width)).astype(np.float32)
+    index = random.integers(0, rows, (batch, taken))
+    expected = ops.token_gather(torch.from_numpy(data), torch.from_numpy(index)).numpy()
+    np.testing.assert_array_equal(run_node("TokenGather", {"data": data, "index": index}), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float16, 3e-3)])
+def test_summary_pool_function_equals_its_reference(dtype: type[np.floating], tolerance: float) -> None:
+    random = np.random.default_rng(0)
+    shapes = {
+        "tokens": (2, 9, 16),
+        "norm_weight": (16,),
+        "norm_bias": (16,),
+        "score_weight": (1, 16),
+        "score_bias": (1,),
+    }
+    feeds = {name: random.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    expected = ops.summary_pool(*(torch.from_numpy(value) for value in feeds.values()), epsilon=1e-5).numpy()
+    np.testing.assert_allclose(run_node("SummaryPool", feeds, epsilon=1e-5), expected, atol=tolerance)
+
+
+def test_summary_pool_reads_its_epsilon() -> None:
+    feeds = {
+        "tokens": np.array([[[0.0, 1e-3], [0.0, 0.0]]], np.float32),
+        "norm_weight": np.ones(2, np.float32),
+        "norm_bias": np.zeros(2, np.float32),
+        "score_weight": np.array([[0.0, 3.0]], np.float32),
+        "score_bias": np.zeros(1, np.float32),
+    }
+    results = [run_node("SummaryPool", feeds, epsilon=epsilon) for epsilon in (1e-9, 1e3)]
+    assert not np.allclose(results[0], results[1], atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(first=st.integers(0, 4), count=st.integers(0, 3), dtype=st.sampled_from([np.float32, np.float16]))
+def test_cache_write_function_equals_its_reference(first: int, count: int, dtype: type[np.floating]) -> None:
+    random = np.random.default_rng(first)
+    past, rows = (random.standard_normal((1, 2, length, 3)).astype(dtype) for length in (7, count))
+    slots = np.arange(first, first + count)
+    expected = ops.cache_write(*(torch.from_numpy(value) for value in (past, rows, slots))).numpy()
+    np.testing.assert_array_equal(expected[:, :, first : first + count], rows)
+    np.testing.assert_array_equal(run_node("CacheWrite", {"past": past, "rows": rows, "slots": slots}), expected)
+
+
+def test_fake_shapes_are_the_real_ones() -> None:
+    data, index = torch.randn(2, 5, 4), torch.tensor([[0, 4, 1], [2, 2, 2]])
+    torch.library.opcheck(ops.token_gather, (data, index))
+    vectors = torch.ones(4), torch.zeros(4), torch.ones(1, 4), torch.zeros(1)
+    torch.library.opcheck(ops.summary_pool, (data, *vectors, 1e-5))
+    torch.library.opcheck(ops.cache_write, (torch.randn(1, 2, 7, 4), torch.randn(1, 2, 2, 4), torch.tensor([3, 4])))

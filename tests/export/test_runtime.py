@@ -1,0 +1,39 @@
+"""Opening a graph fails in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from svcli_export.runtime import ProviderError, open_session
+
+
+def save(path: Path, op_type: str, opset: int) -> Path:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("a", "b")]
+    graph = helper.make_graph([helper.make_node(op_type, ["a"], ["b"])], "one", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
+    return path
+
+
+def test_a_usable_graph_opens(tmp_path: Path) -> None:
+    session = open_session(save(tmp_path / "good.onnx", "Relu", 23), num_threads=1)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(("op_type", "opset"), [("Relu", 999), ("NoSuchOp", 23)])
+def test_a_graph_of_the_future_is_refused(tmp_path: Path, op_type: str, opset: int) -> None:
+    with pytest.raises(ProviderError, match=r"cannot open future\.onnx; install a newer one") as caught:
+        open_session(save(tmp_path / "future.onnx", op_type, opset))
+    assert "\n" not in str(caught.value)
+
+
+def test_cuda_that_cannot_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu lists CUDA without a GPU, prints errors and falls back to the CPU."""
+    path = save(tmp_path / "good.onnx", "Relu", 23)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(ProviderError, match="nvidia-smi"):
+        open_session(path, provider="cuda")

@@ -1,0 +1,81 @@
+"""A model small enough to export in a second, with weights that make its choices clear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from skipvision.checkpoint import save_checkpoint
+from skipvision.config import ModelConfig, SkipConfig, TextConfig, VisionConfig
+from skipvision.model import SkipVisionModel
+from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
+
+VOCAB = 300
+IMAGE_SIZE = 28
+NUM_PATCHES = 16
+SKIP = SkipConfig(num_retained=4, num_skipped=6)
+SKIP_SETTINGS: dict[str, SkipConfig | None] = {
+    "skip": SKIP,
+    "skip-seen-by-all": SkipConfig(4, 6, visibility="all"),
+    "no-merge": SkipConfig(4, 12),
+    "uniform": SkipConfig(4, 6, selector="uniform"),
+    "uniform-drop": SkipConfig(4, 0, selector="uniform"),
+    "drop": SkipConfig(4, 0),
+    "all-retained": SkipConfig(16, 0),
+    "plain": None,
+}
+
+
+def tiny_config(skip: SkipConfig | None = SKIP, *, tied: bool = True) -> ModelConfig:
+    vision = VisionConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=7,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=3,
+        num_heads=2,
+        feature_layers=(1, 2),
+        select_layer=2,
+    )
+    text = TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        tie_embeddings=tied,
+    )
+    return ModelConfig(vision, text, skip)
+
+
+def tiny_model(skip: SkipConfig | None = SKIP, *, tied: bool = True) -> SkipVisionModel:
+    """Random, but with norms, biases and positions that are not 0 or 1, so that a lost one shows."""
+    generator = torch.Generator().manual_seed(0)
+    model = SkipVisionModel(tiny_config(skip, tied=tied)).eval()
+
+    def draw(tensor: torch.Tensor, mean: float, std: float) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                is_scale = "norm" in name and name.endswith("weight")
+                draw(parameter, 1.0 if is_scale else 0.0, 0.1 if is_scale else 0.3)
+            else:
+                draw(parameter, 0.0, parameter.shape[-1] ** -0.5)
+        draw(model.vision.position, 0.0, 1.0)
+        draw(model.decoder.embed.weight, 0.0, 0.5)
+        if not tied:
+            assert isinstance(model.decoder.head, nn.Linear)
+            draw(model.decoder.head.weight, 0.0, 0.5)
+    return model
+
+
+def tiny_checkpoint(folder: Path, skip: SkipConfig | None = SKIP, *, tied: bool = True) -> Path:
+    tokenizer = train_tokenizer(["what is this? a red ball", "how many cats? three"], VOCAB)
+    save_checkpoint(tiny_model(skip, tied=tied), folder, tokenizer.to_str(), CHAT_TEMPLATE)
+    return folder

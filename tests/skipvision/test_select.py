@@ -1,0 +1,57 @@
+"""Which patches are retained."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skipvision.config import Selector
+from skipvision.select import patch_scores, split_patches
+from tests.skipvision import reference
+
+SELECTORS: tuple[Selector, ...] = ("cls_attention", "random", "uniform")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data(), scores=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20, unique=True))
+def test_the_best_scored_are_retained_and_both_groups_stay_in_raster_order(
+    data: st.DataObject, scores: list[float]
+) -> None:
+    count = data.draw(st.integers(1, len(scores)))
+    retained, rest = split_patches(torch.tensor([scores, scores[::-1]]), count)
+    for row, given_scores in enumerate((scores, scores[::-1])):
+        assert (retained[row].tolist(), rest[row].tolist()) == reference.select(given_scores, count)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("count", [1, 5, 15, 16])
+def test_every_patch_goes_one_way_even_where_scores_tie(selector: Selector, count: int) -> None:
+    scores = patch_scores(selector, torch.full((3, 16), 0.5), count)
+    retained, rest = split_patches(scores, count)
+    assert retained.shape == (3, count)
+    for row in range(3):
+        assert sorted(retained[row].tolist() + rest[row].tolist()) == list(range(16))
+
+
+@pytest.mark.parametrize("count", range(1, 17))
+def test_uniform_spreads_the_retained_evenly_whatever_the_picture(count: int) -> None:
+    retained, _ = split_patches(patch_scores("uniform", torch.rand(2, 16), count), count)
+    assert torch.equal(retained[0], retained[1])
+    ends = [*retained[0].tolist(), 16]
+    gaps = {after - before for before, after in itertools.pairwise(ends)}
+    assert ends[0] == 0
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_random_draws_anew_for_every_picture_and_call() -> None:
+    attention = torch.zeros(2, 256)
+    torch.manual_seed(0)
+    first, second = (split_patches(patch_scores("random", attention, 96), 96)[0] for _ in range(2))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(split_patches(patch_scores("random", attention, 96), 96)[0], first)

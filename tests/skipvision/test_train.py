@@ -1,0 +1,432 @@
+"""A whole run in small: it learns, it can be killed and goes on exactly, and it keeps to its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from skipvision.checkpoint import load_checkpoint
+from skipvision.config import SkipConfig
+from skipvision.data.questions import Question
+from skipvision.feature_cache import FeatureCache
+from skipvision.layout import ImageSpan, TokenLayout
+from skipvision.model import SkipVisionModel
+from skipvision.packing import IGNORE
+from skipvision.recipe import Recipe
+from skipvision.tokenizer import ASSISTANT, END, USER, special_ids, train_tokenizer
+from skipvision.train import Batches, PatchHead, Run, TrainError, TrainEvent, initialise, train
+
+pytestmark = pytest.mark.usefixtures("no_downloads")
+
+
+class Killed(Exception):
+    """What ends a run from outside."""
+
+
+def run(
+    recipe: Recipe, output: Path, *, cache_root: Path, kill_at: int | None = None, fresh: bool = False
+) -> list[TrainEvent]:
+    events: list[TrainEvent] = []
+
+    def report(event: TrainEvent) -> None:
+        events.append(event)
+        if event.stage == "train" and event.done == kill_at:
+            raise Killed
+
+    if kill_at is None:
+        train(recipe, output, report, cache_root=cache_root, fresh=fresh)
+    else:
+        with pytest.raises(Killed):
+            train(recipe, output, report, cache_root=cache_root, fresh=fresh)
+    return events
+
+
+def losses(output: Path) -> dict[int, tuple[float, float]]:
+    """Answer loss and patch loss of each step, as last logged."""
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["step"]: (row["loss"], row["patch_loss"]) for row in rows if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared: pictures are encoded once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 4, 6])
+def test_a_killed_run_goes_on_exactly_as_if_it_had_not_been(
+    recipe: Recipe, tmp_path: Path, cache_root: Path, kill_at: int
+) -> None:
+    """Saves are made behind steps 2, 4 and 6."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(recipe, whole, cache_root=cache_root)
+    run(recipe, killed, cache_root=cache_root, kill_at=kill_at)
+    assert not (killed / "checkpoint").exists()
+    events = run(recipe, killed, cache_root=cache_root)
+    first = next(event.done for event in events if event.stage == "train")
+    assert first == (kill_at - 1) // 2 * 2 + 1
+    assert losses(whole).keys() == set(range(1, 7))
+    assert losses(killed) == losses(whole)
+    one, other = (load_file(each / "checkpoint" / "model.safetensors") for each in (whole, killed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_ends_at_once_and_writes_its_checkpoint_again(
+    recipe: Recipe, tmp_path: Path, cache_root: Path
+) -> None:
+    run(recipe, tmp_path, cache_root=cache_root)
+    before = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    events = run(recipe, tmp_path, cache_root=cache_root)
+    assert not [event for event in events if event.stage == "train"]
+    assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == before
+
+
+def test_the_checkpoint_is_whole_and_says_what_it_is(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    run(recipe, tmp_path, cache_root=cache_root)
+    model = load_checkpoint(tmp_path / "checkpoint")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "checkpoint" / "tokenizer.json"))
+    assert model.config.text.vocab_size == tokenizer.get_vocab_size() <= recipe.vocab_size
+    assert replace(model.config.text, vocab_size=recipe.model.text.vocab_size) == recipe.model.text
+    assert (model.config.vision, model.config.skip) == (recipe.model.vision, recipe.model.skip)
+
+
+def test_the_encoder_stays_as_it_was_and_all_else_learns(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    """Against a run of one step, whose update is as good as nothing: warm-up starts at a hundredth."""
+    one, six = tmp_path / "one", tmp_path / "six"
+    slow = replace(recipe.optim, steps=1, warmup_steps=100, learning_rate=1e-9)
+    run(replace(recipe, optim=slow), one, cache_root=cache_root)
+    run(recipe, six, cache_root=cache_root)
+    start, end = (load_file(each / "checkpoint" / "model.safetensors") for each in (one, six))
+    for name, tensor in start.items():
+        if name.startswith("vision."):
+            assert torch.equal(tensor, end[name]), name
+        else:
+            # Whatever has no part in the softmax of the summary has no gradient either.
+            idle = name in ("summary.score.bias", "summary.norm.bias")
+            assert idle or (tensor - end[name]).abs().max() > 1e-4, name
+
+
+def test_the_loss_falls(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    longer = replace(recipe, optim=replace(recipe.optim, steps=40), save_every=40)
+    run(longer, tmp_path, cache_root=cache_root)
+    answer = [loss for loss, _ in losses(tmp_path).values()]
+    assert sum(answer[-5:]) < 0.9 * sum(answer[:5])
+
+
+def test_progress_reports_every_stage(recipe: Recipe, tmp_path: Path) -> None:
+    events = run(recipe, tmp_path / "run", cache_root=tmp_path / "cache")
+    assert {event.stage for event in events} == {"encode", "train", "validate"}
+    encoding = [event for event in events if event.stage == "encode"]
+    assert [event.done for event in encoding] == sorted(event.done for event in encoding)
+    assert (encoding[-1].done, encoding[-1].total) == (10, 10)
+    assert [event.done for event in events if event.stage == "train"] == [1, 2, 3, 4, 5, 6]
+    scores = events[-1].accuracy
+    assert scores is not None
+    assert "all" in scores
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda recipe: replace(recipe, seed=6),
+        lambda recipe: replace(recipe, optim=replace(recipe.optim, steps=8)),
+        lambda recipe: replace(recipe, model=replace(recipe.model, skip=None)),
+    ],
+    ids=["seed", "steps", "model"],
+)
+def test_another_recipe_is_refused_in_the_same_folder(
+    recipe: Recipe, tmp_path: Path, cache_root: Path, change: Callable[[Recipe], Recipe]
+) -> None:
+    run(recipe, tmp_path, cache_root=cache_root)
+    before = (tmp_path / "training.safetensors").read_bytes()
+    with pytest.raises(TrainError, match=r"belongs to another recipe; use another folder, or .* --fresh$"):
+        run(change(recipe), tmp_path, cache_root=cache_root)
+    assert (tmp_path / "training.safetensors").read_bytes() == before
+
+
+def test_fresh_starts_anew(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    run(recipe, tmp_path, cache_root=cache_root)
+    first = losses(tmp_path)
+    events = run(recipe, tmp_path, cache_root=cache_root, fresh=True)
+    assert [event.done for event in events if event.stage == "train"] == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path) == first
+    run(replace(recipe, seed=6), tmp_path, cache_root=cache_root, fresh=True)
+    assert losses(tmp_path) != first
+
+
+def test_a_damaged_save_is_refused_with_a_way_out(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    run(recipe, tmp_path, cache_root=cache_root)
+    file = tmp_path / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(TrainError, match=r"training\.safetensors: unreadable .* --fresh$"):
+        run(recipe, tmp_path, cache_root=cache_root)
+
+
+def test_a_save_that_is_none_of_ours_is_refused(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "training.safetensors")
+    with pytest.raises(TrainError, match="another recipe"):
+        run(recipe, tmp_path, cache_root=cache_root)
+
+
+def test_a_save_without_steps_of_its_parameters_is_read(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    whole, older = tmp_path / "whole", tmp_path / "older"
+    run(recipe, whole, cache_root=cache_root)
+    run(recipe, older, cache_root=cache_root, kill_at=3)
+    with safe_open(older / "training.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(older / "training.safetensors")
+    stepless = {name: tensor for name, tensor in tensors.items() if not name.endswith(".step")}
+    assert len(stepless) < len(tensors)
+    save_file(stepless, older / "training.safetensors", metadata)
+    run(recipe, older, cache_root=cache_root)
+    assert losses(older) == losses(whole)
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_log_has_every_step_once_however_often_a_run_is_killed(
+    recipe: Recipe, tmp_path: Path, cache_root: Path
+) -> None:
+    for kill_at in (1, 3, 4):
+        run(recipe, tmp_path, cache_root=cache_root, kill_at=kill_at)
+    with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 5, "lo')
+    run(recipe, tmp_path, cache_root=cache_root)
+    rows = rows_of(tmp_path)
+    assert list(rows[0]) == ["encode_seconds"]
+    assert [row["step"] for row in rows[1:] if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows[1:] if "validation" in row] == [6]
+    assert len(rows) == 8
+    run(recipe, tmp_path, cache_root=cache_root, fresh=True)
+    assert [row.get("step") for row in rows_of(tmp_path)] == [None, 1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_fresh_run_that_is_killed_early_does_not_go_on_from_the_run_before(
+    recipe: Recipe, tmp_path: Path, cache_root: Path
+) -> None:
+    run(recipe, tmp_path, cache_root=cache_root)
+    run(recipe, tmp_path, cache_root=cache_root, kill_at=1, fresh=True)
+    events = run(recipe, tmp_path, cache_root=cache_root)
+    assert next(event.done for event in events if event.stage == "train") == 1
+
+
+@pytest.mark.parametrize("skip", [None, SkipConfig(6, 0), SkipConfig(6, 4, visibility="all")], ids=str)
+def test_other_settings_train_and_resume_as_well(
+    recipe: Recipe, tmp_path: Path, cache_root: Path, skip: SkipConfig | None
+) -> None:
+    other = replace(recipe, model=replace(recipe.model, skip=skip))
+    run(other, tmp_path, cache_root=cache_root, kill_at=3)
+    run(other, tmp_path, cache_root=cache_root)
+    assert load_checkpoint(tmp_path / "checkpoint").config.skip == skip
+
+
+def test_a_blind_run_never_looks(recipe: Recipe, features: FeatureCache, tmp_path: Path, cache_root: Path) -> None:
+    """Other features, same answer losses; the patches are still looked at for their own loss."""
+    blind = replace(recipe, blind=True)
+    run(blind, tmp_path / "blind", cache_root=cache_root)
+    assert losses(tmp_path / "blind").keys() == set(range(1, 7))
+    by_features = []
+    for factor in (1.0, -3.0):
+        blind_run = made_run(blind, tmp_path)
+        data, text = Batches(blind, features, blind_run.tokenizer)(0)
+        data["features"] = data["features"] * factor
+        answer, patches = blind_run.step_once(training_layout(blind), data, text)
+        by_features.append((answer, patches))
+    assert by_features[0][0] == by_features[1][0]
+    assert by_features[0][1] != by_features[1][1]
+
+
+def test_a_killed_run_with_random_selection_goes_on_exactly(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    random = replace(recipe, model=replace(recipe.model, skip=SkipConfig(6, 4, selector="random")))
+    run(random, tmp_path / "whole", cache_root=cache_root)
+    run(random, tmp_path / "killed", cache_root=cache_root, kill_at=3)
+    run(random, tmp_path / "killed", cache_root=cache_root)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    killed, whole = ([row for row in rows_of(tmp_path / name) if "validation" in row] for name in ("killed", "whole"))
+    assert killed == whole
+
+
+def test_random_selection_draws_anew_at_every_step(recipe: Recipe, features: FeatureCache, tmp_path: Path) -> None:
+    random = replace(recipe, model=replace(recipe.model, skip=SkipConfig(6, 4, selector="random")))
+    random = replace(random, optim=replace(random.optim, warmup_steps=1, learning_rate=1e-12, weight_decay=0.0))
+    the_run = made_run(random, tmp_path)
+    data, text = Batches(random, features, the_run.tokenizer)(0)
+    answers = []
+    for the_run.step in (0, 1, 0):
+        answers.append(the_run.step_once(training_layout(random), data, text)[0])
+    assert answers[0] != pytest.approx(answers[1], abs=1e-5)
+    assert answers[0] == pytest.approx(answers[2], abs=1e-6)
+
+
+def test_a_killed_run_goes_on_exactly_where_some_batches_know_no_patches(
+    recipe: Recipe, features: FeatureCache, tmp_path: Path
+) -> None:
+    """As with easy-VQA, whose pictures come without truths: their batches leave the patch head alone."""
+    slow = replace(recipe, optim=replace(recipe.optim, steps=4, warmup_steps=0), save_every=2)
+
+    def step(number: int, the_run: Run) -> tuple[float, float]:
+        data, text = Batches(slow, features, the_run.tokenizer)(number)
+        if number == 0:
+            data["labels"] = torch.full_like(data["labels"], -1)
+        the_run.step = number + 1
+        return the_run.step_once(training_layout(slow), data, text)
+
+    whole = made_run(slow, tmp_path)
+    step(0, whole)
+    step(1, whole)
+    whole.save()
+    resumed = made_run(slow, tmp_path)
+    resumed.resume()
+    for the_run in (whole, resumed):
+        step(2, the_run)
+    assert step(3, resumed) == step(3, whole)
+
+
+def test_a_batch_larger_than_the_data_is_refused(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    large = replace(recipe, optim=replace(recipe.optim, batch_size=9))
+    with pytest.raises(TrainError, match="batch_size"):
+        run(large, tmp_path, cache_root=cache_root)
+
+
+def test_a_text_width_that_no_question_fits_is_refused(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    narrow = replace(recipe, optim=replace(recipe.optim, text_width=4))
+    with pytest.raises(TrainError, match="text_width"):
+        run(narrow, tmp_path, cache_root=cache_root)
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(features: FeatureCache) -> Tokenizer:
+    return train_tokenizer([q.question + q.answer for draws in features.questions for draw in draws for q in draw], 400)
+
+
+def made_run(recipe: Recipe, output: Path) -> Run:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["What is this? This is a red circle."], 400)
+    text = replace(recipe.model.text, vocab_size=tokenizer.get_vocab_size())
+    model = SkipVisionModel(replace(recipe.model, text=text))
+    initialise(model)
+    return Run(recipe, model, tokenizer, output)
+
+
+def training_layout(recipe: Recipe) -> TokenLayout:
+    return TokenLayout(() if recipe.blind else (ImageSpan.of(recipe.model),))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(recipe: Recipe, features: FeatureCache) -> None:
+    tokenizer = tokenizer_of(features)
+    one, other = (Batches(recipe, features, tokenizer) for _ in range(2))
+    for step in range(3):
+        one(step)
+    for step in (2, 5, 0):
+        (data, text), (same_data, same_text) = one(step), other(step)
+        assert torch.equal(text.input_ids, same_text.input_ids)
+        assert torch.equal(text.labels, same_text.labels)
+        assert torch.equal(data["features"], same_data["features"])
+    elsewhere = Batches(replace(recipe, seed=6), features, tokenizer)
+    assert not torch.equal(elsewhere(0)[1].input_ids, one(0)[1].input_ids)
+
+
+def test_every_picture_comes_once_an_epoch(recipe: Recipe, features: FeatureCache) -> None:
+    batches = Batches(recipe, features, tokenizer_of(features))
+    attention = features.gather(range(len(features)))["cls_attention"]
+    for epoch in range(2):
+        seen = torch.cat([batches(epoch * 4 + step)[0]["cls_attention"] for step in range(4)])
+        assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, attention.tolist()))
+
+
+def test_labels_ask_for_the_answer_and_the_end_and_nothing_else(recipe: Recipe, features: FeatureCache) -> None:
+    """Walked by hand: a row is taught if and only if the next id stands between <assistant> and <end>."""
+    tokenizer = tokenizer_of(features)
+    special = special_ids(tokenizer)
+    user, assistant, end = special[USER], special[ASSISTANT], special[END]
+    text = Batches(recipe, features, tokenizer)(0)[1]
+    turns = 0
+    for ids, labels, blocks in zip(text.input_ids.tolist(), text.labels.tolist(), text.blocks.tolist(), strict=True):
+        answering = False
+        for place, token in enumerate(ids):
+            if blocks[place] == 0:
+                assert labels[place] == IGNORE
+                continue
+            if token == user:
+                turns += 1
+                answering = False
+            answering = (answering or token == assistant) and token != end
+            following = ids[place + 1] if place + 1 < len(ids) else None
+            assert labels[place] == (following if answering else IGNORE)
+    assert turns > 2
+
+
+def test_second_turns_share_a_block_with_the_first(recipe: Recipe, features: FeatureCache) -> None:
+    tokenizer = tokenizer_of(features)
+    user = special_ids(tokenizer)[USER]
+    for share in (0.0, 1.0):
+        settings = replace(recipe, optim=replace(recipe.optim, second_turn=share))
+        text = Batches(settings, features, tokenizer)(0)[1]
+        questions = torch.eq(text.input_ids, user).sum(1)
+        blocks = text.blocks.amax(1)
+        assert torch.equal(blocks, questions if share == 0 else torch.ones_like(blocks))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_the_minimum(recipe: Recipe, tmp_path: Path) -> None:
+    settings = replace(recipe, optim=replace(recipe.optim, steps=100, warmup_steps=10, min_learning_rate=1e-4))
+    the_run = made_run(settings, tmp_path)
+    rates = []
+    for the_run.step in range(100):
+        rates.append(the_run.learning_rate())
+    assert rates[0] == pytest.approx(0.001)
+    assert max(rates) == rates[9] == rates[10] == pytest.approx(0.01)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(1e-4, rel=0.05)
+    assert min(rates[10:]) > 1e-4
+
+
+def test_norms_and_biases_do_not_decay(recipe: Recipe, tmp_path: Path) -> None:
+    the_run = made_run(recipe, tmp_path)
+    decayed, spared = (set(map(id, group["params"])) for group in the_run.optimiser.param_groups)
+    for name, parameter in the_run.trained.named_parameters():
+        assert (id(parameter) in spared) == ("norm" in name or name.endswith("bias")), name
+    assert decayed | spared == {id(parameter) for parameter in the_run.trained.parameters()}
+
+
+def test_a_fresh_model_summarises_by_the_mean(recipe: Recipe, tmp_path: Path) -> None:
+    model = made_run(recipe, tmp_path).model
+    assert model.summary is not None
+    tokens = torch.randn(2, 5, 16)
+    torch.testing.assert_close(model.summary(tokens), tokens.mean(1, keepdim=True), rtol=0, atol=1e-6)
+
+
+def test_patches_of_unknown_truth_do_not_count() -> None:
+    torch.manual_seed(0)
+    head, tokens = PatchHead(8), torch.randn(2, 6, 8)
+    labels = torch.randint(0, 5, (2, 6), dtype=torch.int16)
+    colours = torch.randint(0, 5, (2, 6), dtype=torch.int16)
+    labels[1], colours[1] = -1, -1
+    torch.testing.assert_close(head(tokens, labels, colours), head(tokens[:1], labels[:1], colours[:1]))
+    assert head(tokens, torch.full_like(labels, -1), torch.full_like(colours, -1)).item() == 0
+
+
+def test_a_question_too_long_for_the_width_makes_room_for_others(recipe: Recipe, features: FeatureCache) -> None:
+    tokenizer = tokenizer_of(features)
+    batches = Batches(recipe, features, tokenizer)
+    batches.recipe = replace(recipe, optim=replace(recipe.optim, text_width=24))
+    long, short = Question("what", "x" * 80, "y", "y"), Question("what", "What?", "Red.", "red")
+    for seed in range(4):
+        blocks = batches._blocks([[long, short]], 0, np.random.default_rng(seed))
+        assert len(blocks) == 1
+        assert blocks[0][0] == batches._turn(short)[0]
