@@ -5,8 +5,8 @@
 #
 # PYTHON=/path/to/python picks the interpreter. Only relative paths below, so that a clone may lie anywhere.
 
-PICTURE ?= examples/scene.png
-QUESTION ?= What is in the picture?
+PICTURE ?= examples/hamburgers.png
+QUESTION ?= How many hamburgers are there?
 
 PYTHON ?= $(shell sh .ci/find-python)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

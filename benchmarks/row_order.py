@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.measuring import ratio, spread, surroundings, write_results
 from skipvision.config import ModelConfig, SkipConfig, TextConfig, VisionConfig
-from skipvision.decoder import Decoder
+from skipvision.decoder import Decoder, DecoderLayer
 from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import attention_mask
 
@@ -32,7 +34,7 @@ def joined_prefill(decoder: Decoder, kept: Tensor, skipped: Tensor, place: int) 
     """The paper's layer: `skipped` [1, S, D] stands before row `place` of `kept` [1, K, D] in attention order."""
     num_skipped = skipped.shape[1]
     rope = decoder.rope(torch.arange(kept.shape[1] + num_skipped)[None])
-    for layer in decoder.layers:
+    for layer in cast("Iterable[DecoderLayer]", decoder.layers):
         normed = torch.cat([layer.norm1(part) for part in (kept[:, :place], skipped, kept[:, place:])], 1)
         query, key, value = layer.attention.project(normed, rope)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -67,10 +69,9 @@ def main() -> None:
         positions = torch.from_numpy(layout.positions)[None]
         mask = attention_mask(positions, torch.from_numpy(layout.visible_until)[None])
         num_kept = layout.num_kept
-        runs = {
-            "mask": lambda d=decoder, r=rows, p=positions, m=mask, k=num_kept: d(r, p, m, k),
-            "join": lambda d=decoder, r=rows, k=num_kept, n=num_retained: joined_prefill(d, r[:, :k], r[:, k:], n + 1),
-        }
+        mask_run = partial(decoder, rows, positions, mask, num_kept)
+        join_run = partial(joined_prefill, decoder, rows[:, :num_kept], rows[:, num_kept:], num_retained + 1)
+        runs: dict[str, Callable[[], Tensor]] = {"mask": mask_run, "join": join_run}
         seconds: dict[str, list[float]] = {key: [] for key in runs}
         with torch.no_grad():
             torch.testing.assert_close(runs["mask"](), runs["join"](), rtol=1e-3, atol=1e-4)

@@ -1,6 +1,6 @@
 """Times one checkpoint with skipping and without, in ONNX Runtime and in PyTorch, in turn on the same machine.
 
-    python -m benchmarks.speed runs/tiny/checkpoint [--precision int8] [--picture examples/scene.png]
+    python -m benchmarks.speed runs/tiny/checkpoint [--precision int8] [--picture examples/hamburgers.png]
 
 Two bundles are exported: `skipped`, as trained, and `dense`, the same weights with skipping off, which is good for
 timing only. In every round each of them answers once, in an order that alternates; the first rounds do not count.
@@ -216,7 +216,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint that skips")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "speed.json")
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="int8", help="of the bundles")
-    parser.add_argument("--picture", type=Path, default=Path("examples/scene.png"))
+    parser.add_argument("--picture", type=Path, default=Path("examples/hamburgers.png"))
     parser.add_argument("--question", default="What is in the picture?")
     parser.add_argument("--rounds", type=int, default=40, help="answers of each variant in each engine")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each answer")

@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = tuple(ROOT / name for name in ("README.md", "benchmarks/README.md", "models/skipvision-tiny/README.md"))
 _BLOCK = re.compile(r"(<!-- begin: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 _WIDTH = 120
+NOT_MEASURED = "*Not measured yet.*"
 
 
 def filled(text: str) -> tuple[str, list[str]]:
-    """The document with every block made anew, and what was missing: those blocks stay as they are."""
+    """The document with every block made anew, and what was missing: those blocks say so."""
     missing: list[str] = []
 
     def fill(match: re.Match[str]) -> str:
@@ -31,7 +32,7 @@ def filled(text: str) -> tuple[str, list[str]]:
             return f"{begin}\n{wrapped(BLOCKS[name]())}\n\n{end}"
         except NotMeasuredError as error:
             missing.append(str(error))
-            return match.group()
+            return f"{begin}\n{NOT_MEASURED}\n\n{end}"
 
     return _BLOCK.sub(fill, text), missing
 
@@ -47,28 +48,25 @@ def wrapped(text: str) -> str:
     )
 
 
-def problems() -> list[str]:
-    """Why the documents are not what was measured; empty where they are."""
-    found = []
-    for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        fresh, missing = filled(text)
-        found += missing
-        if fresh != text:
-            found.append(f"{document.relative_to(ROOT)} is out of date: run `python -m benchmarks.tables`")
-    return list(dict.fromkeys(found))
+def stale() -> list[str]:
+    """The documents that do not say what was measured."""
+    texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+    return [str(document.relative_to(ROOT)) for document, text in texts.items() if filled(text)[0] != text]
 
 
 def main() -> None:
     """Writes or checks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    if not parser.parse_args().check:
-        for document in DOCUMENTS:
-            text = document.read_text(encoding="utf-8")
-            document.write_text(filled(text)[0], encoding="utf-8")
-    if found := problems():
-        raise SystemExit("\n".join(found))
+    if parser.parse_args().check:
+        if found := stale():
+            raise SystemExit(f"{', '.join(found)}: out of date, run `python -m benchmarks.tables`")
+        return
+    for document in DOCUMENTS:
+        text, missing = filled(document.read_text(encoding="utf-8"))
+        document.write_text(text, encoding="utf-8")
+        for what in dict.fromkeys(missing):
+            print(what)
 
 
 if __name__ == "__main__":

@@ -138,11 +138,16 @@ class ModelConfig:
     vision: VisionConfig
     text: TextConfig
     skip: SkipConfig | None = None
+    projector_size: int = 256
+    """Hidden width of the projector's MLP."""
+    projector_norm: bool = True
+    """Normalise every projected patch, so that visual rows are as large as text rows and layers can change them."""
     projector_position: bool = True
     """Add a learned row and column embedding to every projected patch, so that a token that is moved or merged
     still knows where it came from."""
 
     def __post_init__(self) -> None:
+        require(self.projector_size >= 1, f"projector_size must be at least 1, got {self.projector_size}")
         if self.skip is not None:
             rest = self.vision.num_patches - self.skip.num_retained
             require(rest >= 0, f"skip.num_retained must be at most {self.vision.num_patches} (the patches of an image)")

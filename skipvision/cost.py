@@ -90,8 +90,8 @@ def encoder_flops(vision: VisionConfig) -> int:
 
 def projector_flops(config: ModelConfig) -> int:
     """The two linear layers."""
-    width = config.text.hidden_size
-    return 2 * (config.vision.feature_size + width) * width * config.vision.num_patches
+    ends = config.vision.feature_size + config.text.hidden_size
+    return 2 * ends * config.projector_size * config.vision.num_patches
 
 
 def split_flops(config: ModelConfig) -> int:

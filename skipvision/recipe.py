@@ -46,13 +46,19 @@ class OptimRecipe:
     warmup_steps: int = 100
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
+    align_steps: int = 0
+    """Steps before all others, of the patch loss alone, in which only the projector learns: quick, since no decoder
+    runs."""
+    align_batch_size: int = 32
     patch_loss: float = 0.5
     """Weight of the auxiliary loss: what, and which colour, each projected patch shows."""
     second_turn: float = 0.25
     """Share of questions that follow another one in the same block, as in a conversation."""
 
     def __post_init__(self) -> None:
-        free = dict.fromkeys(("min_learning_rate", "warmup_steps", "weight_decay", "patch_loss", "second_turn"), 0)
+        free = dict.fromkeys(
+            ("min_learning_rate", "warmup_steps", "weight_decay", "align_steps", "patch_loss", "second_turn"), 0
+        )
         require_numbers(self, "optim.", **free)
         require(self.second_turn <= 1, f"optim.second_turn must be at most 1, got {self.second_turn}")
 

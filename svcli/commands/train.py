@@ -49,6 +49,7 @@ def _show(event: TrainEvent, progress: ui.Progress) -> None:
         progress.log(f"step {event.done}: validation {shares}")
         return
     facts = [f"{event.rate:.0f} pictures/s"]
-    if event.stage == "train":
+    if event.stage != "encode":
         facts.insert(0, f"loss {event.loss:.3f}")
-    progress.update({"encode": "encoding pictures", "train": "training"}[event.stage], event.done, event.total, *facts)
+    what = {"encode": "encoding pictures", "align": "aligning the projector", "train": "training"}[event.stage]
+    progress.update(what, event.done, event.total, *facts)

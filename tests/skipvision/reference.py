@@ -137,6 +137,8 @@ def project(weights: Weights, config: ModelConfig, features: Array) -> Array:
     out = []
     for patch, row in enumerate(features):
         token = linear(weights, "projector.fc2", gelu(linear(weights, "projector.fc1", row)))
+        if config.projector_norm:
+            token = layer_norm(token, weights["projector.norm.weight"], weights["projector.norm.bias"], 1e-5)
         if config.projector_position:
             y, x = divmod(patch, config.vision.grid)
             token = token + weights["projector.rows"][y] + weights["projector.columns"][x]

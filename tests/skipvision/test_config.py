@@ -85,7 +85,11 @@ def altered(path: str, value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("vison", {}, "config: unknown key 'vison'; known: projector_position, skip, text, vision"),
+        (
+            "vison",
+            {},
+            "config: unknown key 'vison'; known: projector_norm, projector_position, projector_size, skip, text, vision",  # noqa: E501
+        ),
         ("vision.patchsize", 4, "vision: unknown key 'patchsize'; known: .*patch_size"),
         ("text.window", 4, "text: unknown key 'window'"),
         ("skip.ratio", 0.5, "skip: unknown key 'ratio'"),

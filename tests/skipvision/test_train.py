@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from skipvision.checkpoint import load_checkpoint
 from skipvision.config import SkipConfig
+from skipvision.data.names import COLOUR_IDS, LABEL_IDS
 from skipvision.data.questions import Question
 from skipvision.feature_cache import FeatureCache
 from skipvision.layout import ImageSpan, TokenLayout
@@ -34,13 +34,19 @@ class Killed(Exception):
 
 
 def run(
-    recipe: Recipe, output: Path, *, cache_root: Path, kill_at: int | None = None, fresh: bool = False
+    recipe: Recipe,
+    output: Path,
+    *,
+    cache_root: Path,
+    kill_at: int | None = None,
+    kill_stage: str = "train",
+    fresh: bool = False,
 ) -> list[TrainEvent]:
     events: list[TrainEvent] = []
 
     def report(event: TrainEvent) -> None:
         events.append(event)
-        if event.stage == "train" and event.done == kill_at:
+        if event.stage == kill_stage and event.done == kill_at:
             raise Killed
 
     if kill_at is None:
@@ -177,20 +183,6 @@ def test_a_save_that_is_none_of_ours_is_refused(recipe: Recipe, tmp_path: Path, 
     save_file({"a": torch.zeros(1)}, tmp_path / "training.safetensors")
     with pytest.raises(TrainError, match="another recipe"):
         run(recipe, tmp_path, cache_root=cache_root)
-
-
-def test_a_save_without_steps_of_its_parameters_is_read(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
-    whole, older = tmp_path / "whole", tmp_path / "older"
-    run(recipe, whole, cache_root=cache_root)
-    run(recipe, older, cache_root=cache_root, kill_at=3)
-    with safe_open(older / "training.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(older / "training.safetensors")
-    stepless = {name: tensor for name, tensor in tensors.items() if not name.endswith(".step")}
-    assert len(stepless) < len(tensors)
-    save_file(stepless, older / "training.safetensors", metadata)
-    run(recipe, older, cache_root=cache_root)
-    assert losses(older) == losses(whole)
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -411,14 +403,53 @@ def test_a_fresh_model_summarises_by_the_mean(recipe: Recipe, tmp_path: Path) ->
     torch.testing.assert_close(model.summary(tokens), tokens.mean(1, keepdim=True), rtol=0, atol=1e-6)
 
 
-def test_patches_of_unknown_truth_do_not_count() -> None:
+def test_patches_of_unknown_truth_do_not_count(features: FeatureCache) -> None:
     torch.manual_seed(0)
-    head, tokens = PatchHead(8), torch.randn(2, 6, 8)
+    tokenizer = tokenizer_of(features)
+    head, tokens, words = PatchHead(8, tokenizer), torch.randn(2, 6, 8), torch.randn(tokenizer.get_vocab_size(), 8)
     labels = torch.randint(0, 5, (2, 6), dtype=torch.int16)
     colours = torch.randint(0, 5, (2, 6), dtype=torch.int16)
     labels[1], colours[1] = -1, -1
-    torch.testing.assert_close(head(tokens, labels, colours), head(tokens[:1], labels[:1], colours[:1]))
-    assert head(tokens, torch.full_like(labels, -1), torch.full_like(colours, -1)).item() == 0
+    known = head(tokens[:1], labels[:1], colours[:1], words)
+    torch.testing.assert_close(head(tokens, labels, colours, words), known)
+    assert head(tokens, torch.full_like(labels, -1), torch.full_like(colours, -1), words).item() == 0
+
+
+def test_a_patch_that_lies_on_its_words_has_no_patch_loss(features: FeatureCache) -> None:
+    """The head scores against the decoder's own embeddings, first of the name and then of the colour."""
+    tokenizer = tokenizer_of(features)
+    head = PatchHead(8, tokenizer)
+    letter, red = LABEL_IDS["A"], COLOUR_IDS["red"]
+    words = torch.zeros(tokenizer.get_vocab_size(), 8)
+    words[tokenizer.encode("A").ids[0], :4] = torch.tensor([1.0, -1, 1, -1]) * 50
+    words[tokenizer.encode(" red").ids[0], 4:] = torch.tensor([1.0, -1, 1, -1]) * 50
+    token = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1]).view(1, 1, 8)
+    loss = head(token, torch.tensor([[letter]]), torch.tensor([[red]]), words)
+    # Colours may share their first token in so small a vocabulary, so the bound is the worst case of that.
+    assert loss.item() < np.log(len(COLOUR_IDS) + 1)
+    assert head(-token, torch.tensor([[letter]]), torch.tensor([[red]]), words).item() > 10
+
+
+def test_alignment_teaches_the_projector_alone(recipe: Recipe, features: FeatureCache, tmp_path: Path) -> None:
+    aligning = replace(recipe, optim=replace(recipe.optim, align_steps=30, align_batch_size=4))
+    the_run = made_run(aligning, tmp_path)
+    before = {name: tensor.clone() for name, tensor in the_run.model.state_dict().items()}
+    events: list[TrainEvent] = []
+    the_run.align(features, events.append)
+    assert [event.done for event in events if event.stage == "align"] == list(range(1, 31))
+    assert events[-1].loss < 0.75 * events[0].loss
+    changed = {name for name, tensor in the_run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"projector"}
+
+
+def test_alignment_is_done_once_and_anew_after_a_kill(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+    aligning = replace(recipe, optim=replace(recipe.optim, align_steps=3, align_batch_size=4))
+    run(aligning, tmp_path / "whole", cache_root=cache_root)
+    run(aligning, tmp_path / "killed", cache_root=cache_root, kill_at=2, kill_stage="align")
+    run(aligning, tmp_path / "killed", cache_root=cache_root, kill_at=1)
+    events = run(aligning, tmp_path / "killed", cache_root=cache_root)
+    assert not [event for event in events if event.stage == "align"]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 def test_a_question_too_long_for_the_width_makes_room_for_others(recipe: Recipe, features: FeatureCache) -> None:
