@@ -67,11 +67,11 @@ def test_lower_precision_stays_within_its_tolerance(tmp_path: Path, skip: str, p
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_untied_head_is_exported(tmp_path: Path, precision: Precision) -> None:
-    written = write(tmp_path, "skip", precision, tied=False)
+    # All patches retained: in a model this small, int8 rounding turns which rows merge, and no head has a part in that.
+    written = write(tmp_path, "all-retained", precision, tied=False)
     assert "decoder.head.weight.T" in written.weights.names
     check = verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1)
-    # The head comes after vision, where int8 rounding may turn which rows merge in a model this small.
-    assert [clause for clause in violations(check, precision) if not clause.startswith("vision")] == []
+    assert violations(check, precision) == []
 
 
 def test_a_wrong_weight_is_noticed(tmp_path: Path) -> None:

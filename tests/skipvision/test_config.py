@@ -88,7 +88,10 @@ def altered(path: str, value: Any) -> str:
         (
             "vison",
             {},
-            "config: unknown key 'vison'; known: projector_norm, projector_position, projector_size, skip, text, vision",  # noqa: E501
+            (
+                "config: unknown key 'vison'; known: "
+                "projector_norm, projector_position, projector_size, skip, text, vision"
+            ),
         ),
         ("vision.patchsize", 4, "vision: unknown key 'patchsize'; known: .*patch_size"),
         ("text.window", 4, "text: unknown key 'window'"),

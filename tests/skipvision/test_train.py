@@ -415,7 +415,7 @@ def test_patches_of_unknown_truth_do_not_count(features: FeatureCache) -> None:
     assert head(tokens, torch.full_like(labels, -1), torch.full_like(colours, -1), words).item() == 0
 
 
-def test_a_patch_that_lies_on_its_words_has_no_patch_loss(features: FeatureCache) -> None:
+def test_a_patch_is_scored_against_the_words_for_what_it_shows(features: FeatureCache) -> None:
     """The head scores against the decoder's own embeddings, first of the name and then of the colour."""
     tokenizer = tokenizer_of(features)
     head = PatchHead(8, tokenizer)
