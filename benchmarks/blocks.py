@@ -190,7 +190,7 @@ def training_time() -> str:
     found = result("training_time")
     recipe, encoding, share = found["recipe"], found["encoding"], found["ffn_share"]
     step, flops = found["step"], found["flops_per_picture"]
-    pictures = recipe["scenes"] + (4000 if recipe["easy_vqa"] else 0)
+    pictures = recipe["scenes"] + recipe["easy_vqa"]
     text = (
         table(
             ["", "dense", "skipped", "ratio", "95 %", "FLOPs ratio"],

@@ -139,7 +139,10 @@ class ModelConfig:
     text: TextConfig
     skip: SkipConfig | None = None
     projector_size: int = 256
-    """Hidden width of the projector's MLP."""
+    """Hidden width of the projector."""
+    projector_convs: int = 0
+    """Residual 3x3 convolutions over the grid of patches between the projector's two linear layers, so that a patch
+    knows its neighbours before patches are selected and merged (Honeybee, arXiv 2312.06742). 0: LLaVA's MLP."""
     projector_norm: bool = True
     """Normalise every projected patch, so that visual rows are as large as text rows and layers can change them."""
     projector_position: bool = True
@@ -148,6 +151,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.projector_size >= 1, f"projector_size must be at least 1, got {self.projector_size}")
+        require(self.projector_convs >= 0, f"projector_convs must be at least 0, got {self.projector_convs}")
         if self.skip is not None:
             rest = self.vision.num_patches - self.skip.num_retained
             require(rest >= 0, f"skip.num_retained must be at most {self.vision.num_patches} (the patches of an image)")

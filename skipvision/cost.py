@@ -89,9 +89,10 @@ def encoder_flops(vision: VisionConfig) -> int:
 
 
 def projector_flops(config: ModelConfig) -> int:
-    """The two linear layers."""
-    ends = config.vision.feature_size + config.text.hidden_size
-    return 2 * ends * config.projector_size * config.vision.num_patches
+    """The two linear layers, and the convolutions as torch counts them: nine products everywhere, padding included."""
+    width = config.projector_size
+    inputs = config.vision.feature_size + config.text.hidden_size + 9 * width * config.projector_convs
+    return 2 * inputs * width * config.vision.num_patches
 
 
 def split_flops(config: ModelConfig) -> int:

@@ -1,4 +1,4 @@
-"""Patch features to the decoder's width: LLaVA's two-layer MLP, plus where the patch stood."""
+"""Patch features to the decoder's width: LLaVA's two-layer MLP, with convolutions inside, plus where a patch stood."""
 
 from __future__ import annotations
 
@@ -15,14 +15,24 @@ class Projector(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, grid = config.text.hidden_size, config.vision.grid
+        self.grid = grid
         self.fc1 = nn.Linear(config.vision.feature_size, config.projector_size)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(config.projector_size, config.projector_size, 3, padding=1) for _ in range(config.projector_convs)
+        )
         self.fc2 = nn.Linear(config.projector_size, width)
         self.norm = nn.LayerNorm(width) if config.projector_norm else None
         self.rows = nn.Parameter(torch.zeros(grid, width)) if config.projector_position else None
         self.columns = nn.Parameter(torch.zeros(grid, width)) if config.projector_position else None
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden: Tensor = self.fc2(F.gelu(self.fc1(features)))
+        hidden: Tensor = F.gelu(self.fc1(features))
+        if self.convs:
+            grid = hidden.transpose(1, 2).reshape(-1, hidden.shape[-1], self.grid, self.grid)
+            for conv in self.convs:
+                grid = grid + F.gelu(conv(grid))
+            hidden = grid.flatten(2).transpose(1, 2)
+        hidden = self.fc2(hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
         if self.rows is not None and self.columns is not None:

@@ -22,14 +22,14 @@ class DataRecipe:
 
     num_scenes: int = 12000
     """Composed pictures, seeds 0 to num_scenes - 1 of the train split."""
-    easy_vqa: bool = True
-    """Also the 4,000 train pictures of easy-VQA."""
+    easy_vqa: int = 1000
+    """Also this many of easy-VQA's 4,000 train pictures."""
     question_draws: int = 4
     """How many times questions are drawn for each picture; one pass over the data uses one draw."""
     questions_per_draw: int = 8
 
     def __post_init__(self) -> None:
-        require_numbers(self, "data.", num_scenes=0)
+        require_numbers(self, "data.", num_scenes=0, easy_vqa=0)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,6 @@ from skipvision.tokenizer import CHAT_TEMPLATE, encode_turn, train_tokenizer
 from skipvision.vision import VisionEncoder
 
 _VALIDATION_SCENES = 192
-_EASY_VQA_PICTURES = 4000
 _EMPTY = TokenLayout(())
 _EMBEDDING_STD = 0.5
 """Large enough for a row to remember its token beside what the layers add to it: with 0.02 copying a word from the
@@ -132,7 +132,7 @@ def encode_data(
 ) -> tuple[FeatureCache, FeatureCache]:
     """The encoded train and validation pictures of a recipe, made where they are missing."""
     data = recipe.data
-    total = data.num_scenes + _VALIDATION_SCENES + (_EASY_VQA_PICTURES if data.easy_vqa else 0)
+    total = data.num_scenes + _VALIDATION_SCENES + data.easy_vqa
     started, base, made = time.monotonic(), 0, 0
 
     def progress(done: int, new: int) -> None:
@@ -151,7 +151,8 @@ def encode_data(
     base += len(training)
     if data.easy_vqa:
         official = easy_vqa_pictures(Path(recipe.assets), "train", recipe.model.vision.num_patches)
-        training.extend(encoded(cache_root / key / "easy_vqa", official, encoder, progress))
+        few = islice(official, data.easy_vqa)
+        training.extend(encoded(cache_root / key / "easy_vqa", few, encoder, progress))
     return training, validation
 
 

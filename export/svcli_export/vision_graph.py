@@ -113,7 +113,10 @@ def _cls_attention(g: GraphBuilder, query: str, key: str, num_heads: int, width:
 def _projector(g: GraphBuilder, config: ModelConfig, features: str) -> str:
     """[I, P, D]."""
     with g.scope("projector"):
-        hidden = g.linear(g.op("Gelu", g.linear(features, "projector.fc1")), "projector.fc2")
+        hidden = g.op("Gelu", g.linear(features, "projector.fc1"))
+        if config.projector_convs:
+            hidden = _convs(g, config, hidden)
+        hidden = g.linear(hidden, "projector.fc2")
         if config.projector_norm:
             hidden = _layer_norm(g, hidden, "projector.norm", _FEATURE_EPSILON)
         if not config.projector_position:
@@ -122,6 +125,20 @@ def _projector(g: GraphBuilder, config: ModelConfig, features: str) -> str:
         grid = g.op("Add", rows, g.weight("projector.columns"), name="grid")
         places = g.op("Reshape", grid, g.ints(-1, config.text.hidden_size), name="places")
         return g.op("Add", hidden, places, name="tokens")
+
+
+def _convs(g: GraphBuilder, config: ModelConfig, hidden: str) -> str:
+    """[I, P, H] to [I, P, H], through the grid [I, H, rows, columns]."""
+    side, width = config.vision.grid, config.projector_size
+    columns = g.op("Transpose", hidden, name="columns_first", perm=[0, 2, 1])
+    grid = g.op("Reshape", columns, g.ints(0, width, side, side), name="patch_grid")
+    for number in range(config.projector_convs):
+        name = f"projector.convs.{number}"
+        weight, bias = g.weight(f"{name}.weight"), g.weight(f"{name}.bias")
+        mixed = g.op("Conv", grid, weight, bias, name="conv", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        grid = g.op("Add", grid, g.op("Gelu", mixed), name="mixed")
+    flat = g.op("Reshape", grid, g.ints(0, width, side * side), name="mixed_columns")
+    return g.op("Transpose", flat, name="mixed_patches", perm=[0, 2, 1])
 
 
 def _split(g: GraphBuilder, config: ModelConfig, skip: SkipConfig, tokens: str, cls_attention: str) -> str:

@@ -50,7 +50,7 @@ def recipe() -> Recipe:
     text = TextConfig(hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
     return Recipe(
         ModelConfig(vision, text, SkipConfig(num_retained=6, num_skipped=4)),
-        data=DataRecipe(num_scenes=8, easy_vqa=False, question_draws=2, questions_per_draw=4),
+        data=DataRecipe(num_scenes=8, easy_vqa=0, question_draws=2, questions_per_draw=4),
         optim=OptimRecipe(steps=6, batch_size=2, text_width=96, warmup_steps=2, learning_rate=0.01),
         seed=5,
         vocab_size=400,

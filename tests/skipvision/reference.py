@@ -132,11 +132,28 @@ def encode(weights: Weights, config: VisionConfig, pixels: Array) -> tuple[Array
     return np.array(features), cls_attention
 
 
+def mix_neighbours(weights: Weights, name: str, patches: list[Array], grid: int) -> list[Array]:
+    """Each patch plus the gelu of a 3x3 convolution around it; nothing lies outside the grid."""
+    kernel, out = weights[f"{name}.weight"], []
+    for patch, row in enumerate(patches):
+        y, x = divmod(patch, grid)
+        total = weights[f"{name}.bias"]
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                if 0 <= y + dy < grid and 0 <= x + dx < grid:
+                    total = total + kernel[:, :, 1 + dy, 1 + dx] @ patches[(y + dy) * grid + x + dx]
+        out.append(row + gelu(total))
+    return out
+
+
 def project(weights: Weights, config: ModelConfig, features: Array) -> Array:
     """[P, F] to [P, D]."""
     out = []
-    for patch, row in enumerate(features):
-        token = linear(weights, "projector.fc2", gelu(linear(weights, "projector.fc1", row)))
+    hidden = [gelu(linear(weights, "projector.fc1", row)) for row in features]
+    for number in range(config.projector_convs):
+        hidden = mix_neighbours(weights, f"projector.convs.{number}", hidden, config.vision.grid)
+    for patch, row in enumerate(hidden):
+        token = linear(weights, "projector.fc2", row)
         if config.projector_norm:
             token = layer_norm(token, weights["projector.norm.weight"], weights["projector.norm.bias"], 1e-5)
         if config.projector_position:

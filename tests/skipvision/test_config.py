@@ -56,7 +56,9 @@ def configs(draw: st.DrawFn) -> ModelConfig:
             draw(st.sampled_from(["cls_attention", "random", "uniform"])),
             draw(st.sampled_from(["image", "all"])),
         )
-    return ModelConfig(vision, text, skip, projector_position=draw(st.booleans()))
+    return ModelConfig(
+        vision, text, skip, projector_convs=draw(st.integers(0, 3)), projector_position=draw(st.booleans())
+    )
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -90,7 +92,7 @@ def altered(path: str, value: Any) -> str:
             {},
             (
                 "config: unknown key 'vison'; known: "
-                "projector_norm, projector_position, projector_size, skip, text, vision"
+                "projector_convs, projector_norm, projector_position, projector_size, skip, text, vision"
             ),
         ),
         ("vision.patchsize", 4, "vision: unknown key 'patchsize'; known: .*patch_size"),

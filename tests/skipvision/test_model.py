@@ -58,7 +58,11 @@ def test_logits_agree_with_the_naive_reference(skip: SkipConfig | None, ids: lis
     assert_agrees_with_reference(model, batch_of(model, [ids]))
 
 
-@pytest.mark.parametrize("config", [tiny_config(tied=True), tiny_config(position=False)], ids=["tied", "unplaced"])
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(tied=True), tiny_config(position=False), tiny_config(convs=0)],
+    ids=["tied", "unplaced", "unmixed"],
+)
 def test_logits_agree_whatever_the_head_and_the_projector(config: ModelConfig) -> None:
     model = tiny_model(config)
     assert_agrees_with_reference(model, batch_of(model, [PROMPTS["two-images-apart"]]))

@@ -46,7 +46,9 @@ PROMPTS: dict[str, list[int]] = {
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
-def tiny_config(skip: SkipConfig | None = MERGED, *, tied: bool = False, position: bool = True) -> ModelConfig:
+def tiny_config(
+    skip: SkipConfig | None = MERGED, *, tied: bool = False, position: bool = True, convs: int = 2
+) -> ModelConfig:
     """num_heads * head_dim is not hidden_size, and no two sizes are equal: a mix-up cannot pass.
 
     Untied, since a random tied head repeats the last token for ever, and generation would show nothing.
@@ -71,7 +73,7 @@ def tiny_config(skip: SkipConfig | None = MERGED, *, tied: bool = False, positio
         head_dim=10,
         tie_embeddings=tied,
     )
-    return ModelConfig(vision, text, skip, projector_position=position)
+    return ModelConfig(vision, text, skip, projector_position=position, projector_size=20, projector_convs=convs)
 
 
 def tiny_model(
