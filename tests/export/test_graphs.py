@@ -83,6 +83,14 @@ def test_a_wrong_weight_is_noticed(tmp_path: Path) -> None:
     assert not any(clause.startswith("vision") for clause in found)
 
 
+def test_a_number_that_is_none_is_noticed(tmp_path: Path) -> None:
+    written = write(tmp_path, "skip", "fp32")
+    with torch.no_grad():
+        written.model.get_parameter("decoder.layers.1.norm2.weight")[3] = torch.nan
+    found = violations(verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1), "fp32")
+    assert any(clause.startswith("prefill: cosine") for clause in found)
+
+
 @pytest.mark.parametrize("skip", SKIP_SETTINGS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_graphs_are_valid_and_nothing_in_them_is_dead(tmp_path: Path, skip: str, precision: Precision) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from skipvision.checkpoint import load_checkpoint
 from skipvision.config import SkipConfig
-from skipvision.data.names import COLOUR_IDS, LABEL_IDS
-from skipvision.data.questions import Question
+from skipvision.data.names import COLOUR_IDS, LABEL_IDS, LABELS
+from skipvision.data.questions import Question, vocabulary_text
 from skipvision.feature_cache import FeatureCache
 from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.packing import IGNORE
 from skipvision.recipe import Recipe
 from skipvision.tokenizer import ASSISTANT, END, USER, special_ids, train_tokenizer
-from skipvision.train import Batches, PatchHead, Run, TrainError, TrainEvent, initialise, train
+from skipvision.train import Batches, PatchHead, PlaceHead, Run, TrainError, TrainEvent, initialise, train
 
 pytestmark = pytest.mark.usefixtures("no_downloads")
 
@@ -57,10 +59,10 @@ def run(
     return events
 
 
-def losses(output: Path) -> dict[int, tuple[float, float]]:
-    """Answer loss and patch loss of each step, as last logged."""
+def losses(output: Path) -> dict[int, tuple[float, float, float]]:
+    """Answer loss, patch loss and place loss of each step, as last logged."""
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {row["step"]: (row["loss"], row["patch_loss"]) for row in rows if "loss" in row}
+    return {row["step"]: (row["loss"], row["patch_loss"], row["place_loss"]) for row in rows if "loss" in row}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_the_encoder_stays_as_it_was_and_all_else_learns(recipe: Recipe, tmp_pat
 def test_the_loss_falls(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
     longer = replace(recipe, optim=replace(recipe.optim, steps=40), save_every=40)
     run(longer, tmp_path, cache_root=cache_root)
-    answer = [loss for loss, _ in losses(tmp_path).values()]
+    answer = [loss for loss, _, _ in losses(tmp_path).values()]
     assert sum(answer[-5:]) < 0.9 * sum(answer[:5])
 
 
@@ -235,7 +237,7 @@ def test_a_blind_run_never_looks(recipe: Recipe, features: FeatureCache, tmp_pat
         blind_run = made_run(blind, tmp_path)
         data, text = Batches(blind, features, blind_run.tokenizer)(0)
         data["features"] = data["features"] * factor
-        answer, patches = blind_run.step_once(training_layout(blind), data, text)
+        answer, patches, _ = blind_run.step_once(training_layout(blind), data, text)
         by_features.append((answer, patches))
     assert by_features[0][0] == by_features[1][0]
     assert by_features[0][1] != by_features[1][1]
@@ -269,7 +271,7 @@ def test_a_killed_run_goes_on_exactly_where_some_batches_know_no_patches(
     """As with easy-VQA, whose pictures come without truths: their batches leave the patch head alone."""
     slow = replace(recipe, optim=replace(recipe.optim, steps=4, warmup_steps=0), save_every=2)
 
-    def step(number: int, the_run: Run) -> tuple[float, float]:
+    def step(number: int, the_run: Run) -> tuple[float, float, float]:
         data, text = Batches(slow, features, the_run.tokenizer)(number)
         if number == 0:
             data["labels"] = torch.full_like(data["labels"], -1)
@@ -428,6 +430,98 @@ def test_a_patch_is_scored_against_the_words_for_what_it_shows(features: Feature
     # Colours may share their first token in so small a vocabulary, so the bound is the worst case of that.
     assert loss.item() < np.log(len(COLOUR_IDS) + 1)
     assert head(-token, torch.tensor([[letter]]), torch.tensor([[red]]), words).item() > 10
+
+
+GRID = 4
+
+
+def place_head(features: FeatureCache) -> tuple[PlaceHead, Tokenizer]:
+    """A head that reads the scores of rows and columns straight from the hidden state."""
+    tokenizer = tokenizer_of(features)
+    head = PlaceHead(2 * (1 + GRID), GRID, tokenizer)
+    with torch.no_grad():
+        for linear, start in ((head.rows, 0), (head.columns, 1 + GRID)):
+            linear.weight.zero_()
+            linear.weight[:, start : start + 1 + GRID] = torch.eye(1 + GRID)
+            linear.bias.zero_()
+    return head, tokenizer
+
+
+def entropy(shares: list[float]) -> float:
+    return -sum(share * math.log(share) for share in shares if share)
+
+
+def test_a_name_is_scored_by_the_rows_and_columns_of_what_it_names(features: FeatureCache) -> None:
+    head, tokenizer = place_head(features)
+    star, other = LABEL_IDS["star"], LABEL_IDS["heart"]
+    ids = torch.tensor([tokenizer.encode(" star").ids[-1:]])
+    assert head.get_buffer("label_of")[ids].item() == star
+    labels = torch.full((1, GRID * GRID), other, dtype=torch.int16)
+    labels[0, [4, 5, 9]] = star  # rows 1, 1, 2 and columns 0, 1, 1
+    rows, columns = [0, 0, 2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3, 0, 0]  # the first is "not there"
+    best = torch.tensor([*rows, *columns]).clamp(min=1e-9).log().view(1, 1, -1)
+    assert head(best, ids, labels).item() == pytest.approx((entropy(rows) + entropy(columns)) / 2, abs=1e-5)
+    assert head(best.roll(1, -1), ids, labels).item() > 5
+    absent = torch.tensor([1, 0, 0, 0, 0, 1, 0, 0, 0, 0.0]).clamp(min=1e-9).log().view(1, 1, -1)
+    assert head(absent, ids, torch.full_like(labels, other)).item() == pytest.approx(0, abs=1e-5)
+    assert head(absent, ids, labels).item() > 5
+
+
+def test_words_that_name_nothing_and_pictures_of_unknown_truth_have_no_place(features: FeatureCache) -> None:
+    head, tokenizer = place_head(features)
+    star, what = (tokenizer.encode(word).ids[-1] for word in (" star", "?"))
+    hidden = torch.randn(2, 2, 2 * (1 + GRID))
+    labels = torch.full((2, GRID * GRID), LABEL_IDS["star"], dtype=torch.int16)
+    ids = torch.tensor([[star, what], [star, star]])
+    alone = head(hidden[:1, :1], ids[:1, :1], labels[:1])
+    unknown = labels.clone()
+    unknown[1] = -1
+    torch.testing.assert_close(head(hidden, ids, unknown), alone)
+    assert head(hidden, torch.full_like(ids, what), labels).item() == 0
+
+
+def test_a_token_of_several_names_stands_for_none() -> None:
+    """A vocabulary of bytes: every name ends in a letter that others end in."""
+    letters = train_tokenizer(["x"], 261)
+    labels = PlaceHead(4, GRID, letters).get_buffer("label_of")
+    assert labels[letters.encode("e").ids[-1]] == 0
+    assert len(labels) == letters.get_vocab_size()
+
+
+def test_every_name_and_letter_of_the_real_vocabulary_has_a_token() -> None:
+    tokenizer = train_tokenizer(vocabulary_text(), 1280)
+    label_of = PlaceHead(4, GRID, tokenizer).get_buffer("label_of")
+    assert set(label_of.tolist()) == set(range(len(LABELS)))
+    spelled = tokenizer.encode('It says "STOP".').ids
+    assert [LABELS[label] for label in label_of[spelled].tolist() if label] == list("STOP")
+
+
+def test_the_first_loss_is_that_of_guessing(recipe: Recipe, features: FeatureCache, tmp_path: Path) -> None:
+    the_run = made_run(recipe, tmp_path)
+    data, text = Batches(recipe, features, the_run.tokenizer)(0)
+    answer, _, _ = the_run.step_once(training_layout(recipe), data, text)
+    vocabulary = the_run.tokenizer.get_vocab_size()
+    assert answer == pytest.approx(math.log(vocabulary), abs=1.5)
+
+
+def test_the_place_loss_reaches_the_layers_before_the_middle(
+    recipe: Recipe, features: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the_run = made_run(recipe, tmp_path)
+    layers = the_run.model.decoder.layers
+    reached: list[bool] = []
+
+    def spy(names: Tensor, input_ids: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG001
+        assert names.shape[:2] == input_ids.shape
+        for layer in layers:
+            query = layer.get_parameter("attention.q.weight")
+            (gradient,) = torch.autograd.grad(names.float().square().sum(), query, retain_graph=True, allow_unused=True)
+            reached.append(gradient is not None and bool(gradient.abs().sum() > 0))
+        return names.sum() * 0
+
+    monkeypatch.setattr(the_run.place_head, "forward", spy)
+    the_run.step_once(training_layout(recipe), *Batches(recipe, features, the_run.tokenizer)(0))
+    assert reached == [True, False]
 
 
 def test_alignment_teaches_the_projector_alone(recipe: Recipe, features: FeatureCache, tmp_path: Path) -> None:
