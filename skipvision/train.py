@@ -470,7 +470,7 @@ class Run:
         loss = F.cross_entropy(logits, text.labels[answers])
         optim = self.recipe.optim
         (loss + optim.patch_loss * patch_loss + optim.place_loss * place_loss).backward()
-        nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.optim.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.trained.parameters(), optim.max_grad_norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return loss.item(), patch_loss.item(), place_loss.item()
