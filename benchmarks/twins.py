@@ -1,10 +1,11 @@
 """Trains the twins of a recipe at one short, equal budget and judges them on unseen compositions.
 
-    python benchmarks/twins.py recipes/skipvision-tiny.toml --assets build/assets --steps 600 [--only dense blind]
+    python -m benchmarks.twins recipes/skipvision-tiny.toml --assets build/assets --steps 1000 [--only dense blind]
 
 dense: skipping off. skip: as the recipe says. skip-half: half as many retained. random-drop: as many rows in the KV
 cache as `skip`, chosen blindly, the rest dropped. blind: no picture at all. Same pictures, questions, batches, steps
-and seed for all. A run that was stopped goes on; results are merged into benchmarks/results/twins.json.
+and seed for all, and at most half as many steps of alignment. A run that was stopped goes on; results are merged into
+benchmarks/results/twins.json.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def variants(recipe: Recipe, steps: int) -> dict[str, Recipe]:
     skip = recipe.model.skip
     if skip is None:
         raise SystemExit("the recipe does not skip: there is nothing to compare")
-    short = replace(recipe, optim=replace(recipe.optim, steps=steps))
+    align_steps = min(recipe.optim.align_steps, steps // 2)
+    short = replace(recipe, optim=replace(recipe.optim, steps=steps, align_steps=align_steps))
 
     def with_skip(changed: SkipConfig | None) -> Recipe:
         return replace(short, model=replace(recipe.model, skip=changed))
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--assets", required=True)
     parser.add_argument("--cache", type=Path, default=Path("build/features"))
     parser.add_argument("--runs", type=Path, default=Path("build/twins"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="*", default=None)
     options = parser.parse_args()
