@@ -1,5 +1,6 @@
 # make demo    ask the bundled model about a picture (light: no torch)
 # make test    everything that must pass before a change lands
+# make gpu-check   the CUDA kernels on a GPU, against PyTorch (needs torch with CUDA, cuda-bindings, NVRTC)
 # make format  let ruff rewrite the code
 # make clean   remove what the above have made
 #
@@ -17,7 +18,7 @@ HERE := $(shell pwd | cksum | cut -d ' ' -f 1)
 DEMO_STAMP := .venv-demo/complete-$(HERE)
 TEST_STAMP := .venv/complete-$(HERE)
 
-.PHONY: demo test format clean
+.PHONY: demo test gpu-check format clean
 
 demo: $(DEMO_STAMP)
 	@.venv-demo/bin/python -m svcli chat "$(PICTURE)" "$(QUESTION)"
@@ -28,6 +29,9 @@ test: $(TEST_STAMP)
 	.venv/bin/python -m mypy
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest
+
+gpu-check:
+	@$(PYTHON) -m benchmarks.gpu_check
 
 format: $(TEST_STAMP)
 	.venv/bin/python -m ruff check --fix .
@@ -46,7 +50,7 @@ $(TEST_STAMP): pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; some minutes, most of them for torch)" >&2
 	@$(call fresh_venv,.venv)
 	@.venv/bin/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that knows dependency groups
-	@.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,torch,data]" --group dev
+	@.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,torch,data]" --group dev --group rtx
 	@touch "$@"
 
 define fresh_venv

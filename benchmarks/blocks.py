@@ -223,6 +223,51 @@ def selection() -> str:
     return table(header, rows) + f"\n\n{found['pictures']:,} pictures of unseen compositions."
 
 
+def kernels() -> str:
+    """The plugins' kernels beside a copy."""
+    found = result("gpu_check")
+    rows = []
+    for case in found["cases"]:
+        shape = "x".join(map(str, case["data" if "data" in case else "tokens"]))
+        what = f"{case['taken']} rows of {shape}" if "taken" in case else f"{shape}, {case['blocks']} blocks"
+        moved, share = case["gigabytes_per_second"], case["share_of_copy"]
+        rows.append([f"{case['op']} {case['dtype']}, {what}", f"{case['microseconds']['median']:.3g} us"])
+        rows[-1] += [f"{moved['kernel']:,.0f} GB/s", percent(share["ratio"])]
+    header = ["kernel", "time", "bandwidth", "of a copy's"]
+    return table(header, rows) + f"\n\n{found['checked']:,} cases answered as PyTorch does. {_on_gpu(found)}"
+
+
+def gpu() -> str:
+    """7B models, dense against skipped."""
+    found = result("gpu_speed")
+    rows = []
+    for case in found["cases"]:
+        name = f"{case['model']}, {case['setting']}, batch {case['batch']}"
+        kept = case["kv_bytes"]
+        cells = [_gpu_cell(case[stage]) for stage in ("vision", "prefill", "decode_token")]
+        rows.append([name, *cells, " -> ".join(mebibytes(kept[each]) for each in ("dense", "skipped"))])
+    limits = found["matmul_flops_per_second"] / 1e12, found["copy_bytes_per_second"] / 1e12
+    return (
+        table(["", "vision", "prefill", "decode, one token", "KV cache"], rows)
+        + "\n\nDense -> skipped, bf16, medians of alternating runs, in brackets how often the roofline the skipped one"
+        + f" takes: {limits[0]:.0f} TFLOP/s of a matrix product and {limits[1]:.2f} TB/s of a copy, measured in the"
+        + f" same run; behind the bar transformers {found['transformers'] or '(not installed)'}, dense."
+        + f" {_on_gpu(found)}"
+    )
+
+
+def _gpu_cell(stage: Any) -> str:
+    if "out_of_memory" in stage:
+        return "out of memory"
+    times = {name: seconds(each["median"]) for name, each in stage["seconds"].items()}
+    cell = f"{times['dense']} -> {times['skipped']} ({stage['times_roofline']['skipped']:.2f})"
+    return f"{cell} \\| {times['transformers']}" if "transformers" in times else cell
+
+
+def _on_gpu(found: Any) -> str:
+    return f"{found['gpu']}, torch {found['versions']['torch']}, {found['date']}."
+
+
 def model() -> str:
     """Sizes, from the recipe."""
     config: ModelConfig = load_recipe(_RECIPE).model
@@ -259,6 +304,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "start": start,
     "training": training_time,
     "selection": selection,
+    "kernels": kernels,
+    "gpu": gpu,
     "model": model,
     "vocabulary": vocabulary,
 }

@@ -5,11 +5,8 @@ Safetensors only: nothing here unpickles.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from skipvision.config import ConfigError, ModelConfig
+from skipvision.folders import write_directory
 from skipvision.model import SkipVisionModel
 
 _TIED = "decoder.head.weight"
@@ -25,30 +23,6 @@ _TIED = "decoder.head.weight"
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, cut or of another shape than its config says."""
-
-
-def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fills a new folder by `write` and only then puts it in place of `directory`, so that it is never half there."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        fresh.chmod(0o755)
-        write(fresh)
-        if directory.exists():
-            _exchange(fresh, directory)
-        else:
-            os.replace(fresh, directory)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> None:
-    """Swaps two folders in one step (Linux renameat2), so that neither name is ever without a folder."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    at_cwd, rename_exchange = -100, 2
-    if libc.renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(second))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

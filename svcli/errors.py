@@ -23,6 +23,8 @@ Params = ParamSpec("Params")
 
 FAILURE = 1
 USAGE = 2
+MACHINE = 3
+"""This machine lacks what a build needs: TensorRT, a GPU, memory, room on the disk."""
 BROKEN_PIPE = 141
 """What a shell reports for a process whose reader has gone."""
 
@@ -30,7 +32,10 @@ _LONGEST = 200
 """Letters of a message that was not written for users."""
 _PACKAGES = ("skipvision", "svcli_export", "svcli_engines", "svcli")
 # By name, because importing the classes would load the engines before help can be shown.
-_USERS_INPUT = frozenset({"ConfigError", "ContractError", "ImageError", "PromptError", "SamplingError", "UsageError"})
+_USERS_INPUT = frozenset(
+    {"BuildOptionError", "ConfigError", "ContractError", "ImageError", "PromptError", "SamplingError", "UsageError"}
+)
+_LACKING = frozenset({"MachineError"})
 _EXTRA_OF = {
     "onnx": "torch",
     "onnx_ir": "torch",
@@ -77,6 +82,8 @@ def explain(error: Exception) -> tuple[str, int]:
     """The sentence and the exit code for an exception."""
     if isinstance(error, ValueError) and type(error).__module__.split(".")[0] in _PACKAGES:
         named = {each.__name__ for each in type(error).__mro__}
+        if named & _LACKING:
+            return str(error), MACHINE
         return str(error), USAGE if named & _USERS_INPUT else FAILURE
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.split(".")[0]

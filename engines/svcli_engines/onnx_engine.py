@@ -14,7 +14,7 @@ from onnxruntime import InferenceSession, OrtValue
 
 from skipvision.layout import TokenLayout
 from svcli_engines.base import Logits, Pixels, Visual, check_extend, check_prefill
-from svcli_export.contract import CACHE_PARTS, GraphName, past_name, present_name
+from svcli_export.contract import CACHE_PARTS, CachePart, GraphName, past_name, present_name
 from svcli_export.manifest import Manifest
 from svcli_export.runtime import Provider, open_session
 
@@ -94,6 +94,10 @@ class OnnxEngine:
         logits = self._run("decode", feeds)
         self._length, self._next_position = self._length + num_new, self._next_position + num_new
         return logits
+
+    def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
+        """A copy [G, length, d] of the rows in use of one layer's K or V."""
+        return self._caches[layer, part].numpy()[0, :, : self._length].astype(np.float32)  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         self._length = self._next_position = 0

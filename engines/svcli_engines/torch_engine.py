@@ -1,35 +1,95 @@
-"""A checkpoint in PyTorch behind the engine protocol: the reference that the others are held against."""
+"""A model in PyTorch behind the engine protocol: the reference on the CPU, and the road that any CUDA GPU has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from skipvision.cost import kv_bytes
 from skipvision.layout import BatchLayout, TokenLayout
-from svcli_engines.base import Logits, Pixels, Visual, check_extend, check_prefill
+from svcli_engines.base import EngineError, Logits, Pixels, Visual, check_extend, check_prefill
+from svcli_export.contract import CachePart
+from svcli_export.manifest import Manifest
 
 if TYPE_CHECKING:
+    import torch
+
     from skipvision.decoder import KVCache
+    from skipvision.model import SkipVisionModel
+
+Device = Literal["cpu", "cuda"]
+TorchPrecision = Literal["fp32", "fp16", "bf16"]
+
+_WARM_UP = 2
+"""Steps that run before one is captured: libraries set themselves up in the first ones."""
 
 
 class TorchEngine:
-    """fp32 on the CPU. Importing this module loads no torch; making an engine does."""
+    """Importing this module loads no torch; making an engine does.
 
-    def __init__(self, checkpoint: Path, *, capacity: int) -> None:
-        """`capacity`: rows of the KV cache. Raises CheckpointError for an unusable checkpoint."""
+    On CUDA single ids are decoded by a captured graph. The CUDA part was written without a GPU and never run on one.
+    """
+
+    def __init__(
+        self, checkpoint: Path, *, capacity: int, device: Device = "cpu", precision: TorchPrecision = "fp32"
+    ) -> None:
+        """`capacity`: rows of the KV cache.
+
+        Raises CheckpointError for an unusable checkpoint, EngineError for `cuda` where PyTorch finds none.
+        """
         start = perf_counter()
         from skipvision.checkpoint import load_checkpoint
 
-        self.name = "torch-cpu"
-        self.precision = "fp32"
+        self._start(load_checkpoint(checkpoint), capacity, device, precision, start)
+
+    @classmethod
+    def of_bundle(
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        checkpoint: Path | None = None,
+        device: Device = "cpu",
+        precision: TorchPrecision = "fp32",
+    ) -> TorchEngine:
+        """The model of a bundle, by the bundle's own weights, or by those of the `checkpoint` that it was made from.
+
+        Raises BundleError or CheckpointError where they are unusable, EngineError as above.
+        """
+        start = perf_counter()
+        from svcli_export.restore import original_model, restore_model
+
+        model = restore_model(bundle, manifest) if checkpoint is None else original_model(checkpoint, manifest)
+        engine = cls.__new__(cls)
+        engine._start(model, manifest.contract.capacity, device, precision, start)
+        return engine
+
+    def _start(
+        self, model: SkipVisionModel, capacity: int, device: Device, precision: TorchPrecision, start: float
+    ) -> None:
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EngineError("this PyTorch finds no CUDA; use the device cpu, or see what nvidia-smi says")
+        self.name = f"torch-{device}"
+        self.precision = str(precision)
+        self.decode_mode = "eager" if device == "cpu" else "warming up"
+        """How single ids are decoded: `eager`, `warming up`, `graph`, or `eager: ` and why there is no graph."""
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        self._device, self._dtype = torch.device(device), dtypes[precision]
+        self._model = model.to(self._device, self._dtype)
         self._capacity = capacity
-        self._model = load_checkpoint(checkpoint)
         self._cache: KVCache | None = None
+        self._length = 0
+        self._num_steps = 0
+        self._replay: Callable[[], None] | None = None
+        self._next_id = torch.zeros((1, 1), dtype=torch.long, device=self._device)
+        self._step_logits = torch.zeros(model.config.text.vocab_size, dtype=self._dtype, device=self._device)
         self.load_seconds = perf_counter() - start
 
     @property
@@ -38,38 +98,111 @@ class TorchEngine:
 
     @property
     def kv_bytes_per_row(self) -> int:
-        return kv_bytes(self._model.config.text, 1, bytes_per_element=4)
+        return kv_bytes(self._model.config.text, 1, bytes_per_element=self._dtype.itemsize)
 
     @property
     def length(self) -> int:
-        return 0 if self._cache is None else int(self._cache.lengths[0])
+        return self._length
 
     def encode(self, pixels: Pixels) -> Visual:
         import torch
 
         with torch.no_grad():
-            return self._model.encode_images(torch.from_numpy(pixels)).numpy()
+            return _numpy(self._model.encode_images(torch.from_numpy(pixels).to(self._device, self._dtype)))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         import torch
 
         check_prefill(layout, visual, self._capacity)
         width = self._model.config.text.hidden_size
-        rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual)
+        rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual).to(self._device)
         batch = BatchLayout.of([layout], len(input_ids))
-        logits, self._cache = self._model.prefill(torch.tensor([input_ids]), rows, batch, self._capacity)
-        return np.asarray(logits[0].numpy(), np.float32)
+        ids = torch.tensor([input_ids], device=self._device)
+        logits, cache = self._model.prefill(ids, rows, batch, self._capacity)
+        self._take(cache)
+        self._length = layout.num_kept
+        return _numpy(logits[0])
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
         import torch
 
-        check_extend(len(input_ids), self.length, self._capacity)
-        assert self._cache is not None  # check_extend saw rows in it
-        logits = self._model.decode(torch.tensor([input_ids]), self._cache)
-        return np.asarray(logits[0, -1].numpy(), np.float32)
+        check_extend(len(input_ids), self._length, self._capacity)
+        with torch.no_grad():
+            if self.decode_mode in ("warming up", "graph") and len(input_ids) == 1:
+                logits = self._one(input_ids[0])
+            else:
+                logits = self._advance(torch.tensor([input_ids], device=self._device))
+        self._length += len(input_ids)
+        return _numpy(logits)
+
+    def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
+        """A copy [G, length, d] of the rows in use of one layer's K or V."""
+        assert self._cache is not None
+        buffers = self._cache.keys if part == "key" else self._cache.values
+        rows: npt.NDArray[np.float32] = _numpy(buffers[layer][0, :, : self._length]).copy()
+        return rows
 
     def reset(self) -> None:
-        self._cache = None
+        self._length = 0
 
     def close(self) -> None:
-        self.reset()
+        self._length, self._cache, self._replay = 0, None, None
+
+    def _take(self, cache: KVCache) -> None:
+        """The cache of a prompt. A graph knows tensors by their addresses, so there they are copied into the first."""
+        if self._cache is None or self.decode_mode not in ("warming up", "graph"):
+            self._cache = cache
+            return
+        for old, new in zip(_tensors(self._cache), _tensors(cache), strict=True):
+            old.copy_(new)
+
+    def _advance(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [vocab] of the last of the new ids [1, n]. Every tensor of the cache stays where it is."""
+        from skipvision.decoder import KVCache
+
+        assert self._cache is not None  # check_extend saw rows in it
+        decoder, cache = self._model.decoder, self._cache
+        grown = KVCache(cache.keys, cache.values, cache.lengths, cache.next_positions)
+        logits = decoder.logits(decoder.extend(decoder.embed(input_ids), grown))
+        cache.lengths.copy_(grown.lengths)
+        cache.next_positions.copy_(grown.next_positions)
+        return logits[0, -1]
+
+    def _one(self, token: int) -> torch.Tensor:
+        """Logits [vocab] of one new id, by a graph as soon as there is one."""
+        self._next_id.fill_(token)
+        if self._num_steps == _WARM_UP:
+            self._capture()
+        self._num_steps += 1
+        (self._replay or self._step)()
+        return self._step_logits.clone()
+
+    def _step(self) -> None:
+        self._step_logits.copy_(self._advance(self._next_id))
+
+    def _capture(self) -> None:
+        try:
+            self._replay = capture(self._step)
+            self.decode_mode = "graph"
+        except RuntimeError as error:  # what torch raises for CUDA's errors
+            self.decode_mode = f"eager: {str(error).splitlines()[0]}"
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """Records what `step` does on CUDA instead of doing it; what comes back does it. Raises RuntimeError."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def _tensors(cache: KVCache) -> list[torch.Tensor]:
+    return [*cache.keys, *cache.values, cache.lengths, cache.next_positions]
+
+
+def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    """In fp32, since numpy has no bf16; exact for the other way round as well."""
+    return np.asarray(tensor.float().cpu().numpy(), np.float32)

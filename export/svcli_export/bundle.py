@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from PIL import Image
 
 import skipvision
-from skipvision.checkpoint import load_checkpoint, write_directory
+from skipvision.checkpoint import load_checkpoint
 from skipvision.config import ModelConfig, SkipConfig
+from skipvision.folders import write_directory
 from skipvision.layout import TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import END, IMAGE
+from svcli_export.agreement import CHECK_QUESTION, NUM_TOKENS, drawn_cards
 from svcli_export.chat import ChatTokenizer, Message
 from svcli_export.contract import CUSTOM_DOMAIN, Contract, GraphName, Precision, build_contract
 from svcli_export.decoder_graphs import decode_graph, prefill_graph
@@ -38,7 +39,7 @@ from svcli_export.manifest import (
 )
 from svcli_export.pixels import to_pixels
 from svcli_export.quantize import stored_tensors
-from svcli_export.verify import NUM_TOKENS, verify, violations
+from svcli_export.verify import verify, violations
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import WEIGHTS_FILE, WeightFile
 
@@ -46,7 +47,6 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the export that is done before it."""
 
 _GRAPHS = (vision_graph, prefill_graph, decode_graph)
-_CHECK_QUESTION = "What is this?"
 
 
 class ExportError(ValueError):
@@ -146,7 +146,7 @@ def _checked_manifest(
     image_id, end_id = (tokenizer.tokenizer.token_to_id(token) for token in (IMAGE, END))
     if image_id is None or end_id is None:
         raise ExportError(f"the tokenizer has no {IMAGE if image_id is None else END} token, which chat needs")
-    prompt = tokenizer.encode([Message("user", _CHECK_QUESTION, images=1)])
+    prompt = tokenizer.encode([Message("user", CHECK_QUESTION, images=1)])
     if prompt.count(image_id) != 1:
         raise ExportError(f"the chat template writes {prompt.count(image_id)} {IMAGE} tokens for one picture, not one")
     rows = TokenLayout.of(prompt, image_id, config).num_kept + NUM_TOKENS
@@ -188,18 +188,10 @@ def _as_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_pictures(paths: Sequence[Path]) -> list[Image.Image]:
-    """The pictures at `paths`, or drawn test cards: coloured stripes, a disc, noise."""
+    """The pictures at `paths`, or drawn test cards."""
     if paths:
         try:
             return [Image.open(path).convert("RGB") for path in paths]
         except OSError as error:  # an unknown format is one too
             raise ExportError(f"a picture for the check cannot be read: {error}") from None
-    y, x = np.mgrid[0:96, 0:128] / 96
-    disc = (x - 0.6) ** 2 + (y - 0.5) ** 2 < 0.1
-    noise = np.random.default_rng(0).random((96, 128, 3))
-    cards: list[npt.NDArray[Any]] = [
-        np.stack([x * 12 % 1, y, 1 - x / 2], axis=-1),
-        np.where(disc[..., None], [0.9, 0.1, 0.1], [0.2, 0.4, 0.8]),
-        noise * np.stack([x / 2, y, disc], axis=-1),
-    ]
-    return [Image.fromarray((255 * card.clip(0, 1)).astype(np.uint8)) for card in cards]
+    return drawn_cards()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,39 +12,14 @@ import numpy.typing as npt
 import torch
 from onnxruntime import InferenceSession
 
-from skipvision.layout import RETAINED, SKIPPED, BatchLayout, ImageSpan, TokenLayout
+from skipvision.layout import BatchLayout, TokenLayout
 from skipvision.model import SkipVisionModel
+from svcli_export.agreement import NUM_TOKENS, TOLERANCES, Difference, difference, excess, match_rows, worst
 from svcli_export.contract import CACHE_PARTS, Contract, Precision, past_name, present_name
 from svcli_export.manifest import ExportCheck, StageCheck
 from svcli_export.runtime import open_session
 
 Floats = npt.NDArray[Any]
-
-NUM_TOKENS = 16
-"""Greedy tokens compared for each picture."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Where a difference is no longer rounding."""
-
-    max_error: float
-    cosine: float
-    vision_cosine: float
-    """Lower: selection and merging are choices, and a patch that falls the other way changes its whole row."""
-    norm_ratio: float
-    """Largest distance of the ratio from 1."""
-    agreement: float
-
-
-# fp32: another order of summation. fp16: 11 bits of mantissa through all layers. int8: half a scale per weight
-# (0.4 % of the largest in its column) and 8 bit activations in ONNX Runtime's kernel. A greedy choice may flip where
-# two tokens are as good as equal, so below fp32 a few may.
-TOLERANCES: dict[Precision, Tolerance] = {
-    "fp32": Tolerance(max_error=1e-3, cosine=0.99999, vision_cosine=0.99999, norm_ratio=1e-3, agreement=1.0),
-    "fp16": Tolerance(max_error=0.05, cosine=0.999, vision_cosine=0.95, norm_ratio=0.01, agreement=0.9),
-    "int8": Tolerance(max_error=0.25, cosine=0.98, vision_cosine=0.9, norm_ratio=0.05, agreement=0.75),
-}
 
 
 @dataclass
@@ -56,16 +30,9 @@ class _Stage:
     norm_ratio: float = 1.0
 
     def compare(self, got: Floats, reference: Floats) -> None:
-        got, reference = got.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
-        if not np.isfinite(got - reference).all():  # no comparison with NaN is true: it would pass below
-            self.max_error, self.cosine, self.norm_ratio = math.inf, -1.0, math.inf
-            return
-        norms = np.linalg.norm(got), np.linalg.norm(reference)
-        ratio = float(norms[0] / norms[1])
-        self.max_error = max(self.max_error, float(np.abs(got - reference).max() / np.abs(reference).max()))
-        self.cosine = min(self.cosine, float(got @ reference / (norms[0] * norms[1])))
-        if abs(ratio - 1) > abs(self.norm_ratio - 1):
-            self.norm_ratio = ratio
+        so_far = Difference(self.max_error, self.cosine, self.norm_ratio)
+        found = worst((so_far, difference(got, reference)))
+        self.max_error, self.cosine, self.norm_ratio = found.max_error, found.cosine, found.norm_ratio
 
     def outcome(self) -> StageCheck:
         return StageCheck(name=self.name, max_error=self.max_error, cosine=self.cosine, norm_ratio=self.norm_ratio)
@@ -135,7 +102,7 @@ def verify(
             visual = model.encode_images(torch.from_numpy(picture))
         logits, cache = model.prefill(torch.tensor([prompt]), visual, batch, contract.capacity)
         rows = visual.numpy()
-        vision.compare(_match(session.run(None, {"pixels": picture})[0][0], rows[0], layout.images[0]), rows[0])
+        vision.compare(match_rows(session.run(None, {"pixels": picture})[0][0], rows[0], layout.images[0]), rows[0])
         got = decoder.prefill(prompt, rows, layout)
         prefill.compare(got, logits.numpy())
         for layer in range(contract.num_layers):
@@ -153,34 +120,13 @@ def verify(
     return ExportCheck(stages=stages, num_pictures=len(pixels), num_tokens=total, agreement=same / total)
 
 
-def _match(got: Floats, reference: Floats, span: ImageSpan) -> Floats:
-    """Rows of `got` [V, D] in the order of `reference`: by the nearest row, within retained and within skipped.
-
-    Both groups come out of a sort; where two keys are as good as equal, rounding decides their order.
-    """
-    matched: Floats = got.copy()
-    kinds = np.array(span.kinds)
-    for kind in (RETAINED, SKIPPED):
-        group = np.flatnonzero(kinds == kind)
-        if len(group):
-            distances = np.linalg.norm(reference[group, None] - got[None, group].astype(np.float32), axis=-1)
-            matched[group] = got[group[distances.argmin(axis=1)]]
-    return matched
-
-
 def violations(check: ExportCheck, precision: Precision) -> list[str]:
     """What is out of tolerance, one clause each."""
     limit = TOLERANCES[precision]
     found = []
     for stage in check.stages:
-        is_vision = stage.name == "vision"
-        if not stage.max_error <= limit.max_error and (not is_vision or precision == "fp32"):
-            found.append(f"{stage.name}: error {stage.max_error:.2g} above {limit.max_error:g}")
-        cosine = limit.vision_cosine if is_vision else limit.cosine
-        if not stage.cosine >= cosine:
-            found.append(f"{stage.name}: cosine {stage.cosine:.4f} below {cosine:g}")
-        if not abs(stage.norm_ratio - 1) <= limit.norm_ratio:
-            found.append(f"{stage.name}: norm ratio {stage.norm_ratio:.3f} further than {limit.norm_ratio:g} from 1")
+        figures = Difference(stage.max_error, stage.cosine, stage.norm_ratio)
+        found += [f"{stage.name}: {clause}" for clause in excess(figures, limit, is_vision=stage.name == "vision")]
     if check.agreement < limit.agreement:
         found.append(f"only {check.agreement:.0%} of greedy tokens agree, {limit.agreement:.0%} wanted")
     return found

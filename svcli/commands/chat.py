@@ -16,8 +16,9 @@ from svcli.errors import UsageError
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
+    from svcli_engines.base import Engine
     from svcli_engines.generate import Stats
-    from svcli_export.runtime import Provider
+    from svcli_export.manifest import Manifest
 
 _ENDINGS = {
     "length": "the answer was cut off at --max-new-tokens",
@@ -30,6 +31,8 @@ class EngineName(str, Enum):
 
     ONNXRUNTIME = "onnxruntime"
     ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
 
 
 def chat(
@@ -42,7 +45,11 @@ def chat(
         Path | None, typer.Option(metavar="BUNDLE", help="Bundle folder; the bundled model if left out.")
     ] = None,
     engine: Annotated[
-        EngineName, typer.Option(metavar="NAME", help="onnxruntime, or onnxruntime-cuda.")
+        EngineName,
+        typer.Option(
+            metavar="NAME",
+            help="onnxruntime, onnxruntime-cuda; tensorrt or tensorrt-rtx, for which `svcli build-engine` made plans.",
+        ),
     ] = EngineName.ONNXRUNTIME,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
     temperature: Annotated[float, typer.Option(metavar="T", help="0: always the likeliest token.")] = 0.0,
@@ -63,7 +70,6 @@ def chat(
     _check(images, question)
     from svcli_engines.generate import Conversation, Piece
     from svcli_engines.images import open_image
-    from svcli_engines.onnx_engine import OnnxEngine
     from svcli_engines.processor import Processor
     from svcli_engines.sampling import Sampling
     from svcli_export.manifest import load_manifest
@@ -77,9 +83,9 @@ def chat(
         view.note(*notes)
         bundle = model or bundled_model()
         manifest = load_manifest(bundle)
-        provider: Provider = "cuda" if engine is EngineName.ONNXRUNTIME_CUDA else "cpu"
-        runner = OnnxEngine(bundle, manifest, provider=provider, num_threads=threads)
-        conversation = Conversation(runner, Processor(bundle, manifest))
+        processor = Processor(bundle, manifest)
+        runner = open_engine(engine, bundle, manifest, threads)
+        conversation = Conversation(runner, processor)
         try:
             for event in conversation.ask(question, [picture.image for picture in pictures], sampling=sampling):
                 if isinstance(event, Piece):
@@ -90,6 +96,8 @@ def chat(
                     stats, stop_reason = event, event.stop_reason
         except KeyboardInterrupt:  # what was said so far stands
             pass
+        finally:
+            runner.close()
         view.end_line()
         if stop_reason in _ENDINGS:
             notes.append(_ENDINGS[stop_reason])
@@ -100,6 +108,20 @@ def chat(
         ui.show(json.dumps(said | {"model": str(bundle)} | (measured(stats) if stats else {})))
     if stop_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def open_engine(engine: EngineName, bundle: Path, manifest: Manifest, threads: int | None) -> Engine:
+    """Raises UsageError for threads of an engine that has none, or what the engine raises."""
+    if engine in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA):
+        from svcli_engines.onnx_engine import OnnxEngine
+
+        on_gpu = engine is EngineName.ONNXRUNTIME_CUDA
+        return OnnxEngine(bundle, manifest, provider="cuda" if on_gpu else "cpu", num_threads=threads)
+    if threads is not None:
+        raise UsageError(f"--threads is for onnxruntime: {engine.value} runs on the GPU")
+    from svcli_engines.tensorrt_engine import TensorRTEngine
+
+    return TensorRTEngine(bundle, manifest, backend="tensorrt" if engine is EngineName.TENSORRT else "tensorrt-rtx")
 
 
 def _check(images: list[str], question: str) -> None:

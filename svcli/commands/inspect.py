@@ -1,18 +1,19 @@
-"""`svcli inspect`: what a bundle is made of, and whether it is whole."""
+"""`svcli inspect`: what a bundle and its plans are made of, and whether they are whole."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svcli import ui
+from svcli import plan_tables, ui
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
+    from svcli_engines.plans import PlanError, PlanRecord, PlanSet
     from svcli_export.contract import GraphSpec
     from svcli_export.inspection import BundleSummary
     from svcli_export.manifest import GraphOps, Manifest
@@ -26,19 +27,70 @@ def inspect(
 ) -> None:
     """Show what a bundle is made of.
 
-    Settings, KV rows and bytes full against reduced, graphs with their shapes, hashes, and the export's own check.
+    Settings, KV rows and bytes full against reduced, graphs with their shapes, hashes, the export's own check, and
+    the plans that `svcli build-engine` made. Exit code 1 where a file is damaged, or a plan does not fit.
     """
     from svcli_export.inspection import inspect_bundle
     from svcli_export.manifest import BundleError
 
     folder = bundle or bundled_model()
     summary = inspect_bundle(folder)
+    plan_sets = examine_plans(folder, summary.manifest)
     if as_json:
-        ui.show(json.dumps({"path": str(folder), **facts(summary)}, indent=2))
+        plans = {"plans": [plan_facts(each) for each in plan_sets]}
+        ui.show(json.dumps({"path": str(folder), **facts(summary), **plans}, indent=2))
     else:
         _render(folder, summary)
+        for each in plan_sets:
+            _render_plans(each)
     for name, problem in summary.file_problems.items():
         raise BundleError(f"{folder}: {name} {problem}; re-export it with `svcli export`")
+    misfits = [each.problem for each in plan_sets if each.problem is not None]
+    for misfit in misfits[1:]:
+        ui.note(str(misfit))
+    for misfit in misfits[:1]:
+        raise misfit
+
+
+@dataclass(frozen=True)
+class ExaminedPlans:
+    """A plan set, and what is wrong with it."""
+
+    plans: PlanSet
+    record: PlanRecord | None
+    """None where it cannot be read."""
+    problem: PlanError | None
+
+
+def examine_plans(bundle: Path, manifest: Manifest) -> list[ExaminedPlans]:
+    """Every plan set of a bundle, checked against it; neither GPU nor TensorRT is asked for."""
+    from svcli_engines.plans import PlanError, check_fits, find_plan_sets, load_record
+
+    found = []
+    for plans in find_plan_sets(bundle):
+        try:
+            record = load_record(plans)
+        except PlanError as error:
+            found.append(ExaminedPlans(plans, None, error))
+            continue
+        try:
+            check_fits(plans, record, manifest)
+            found.append(ExaminedPlans(plans, record, None))
+        except PlanError as error:
+            found.append(ExaminedPlans(plans, record, error))
+    return found
+
+
+def plan_facts(each: ExaminedPlans) -> dict[str, Any]:
+    """The same for programs; what cannot be read is null."""
+    unread: dict[str, Any] = {
+        "path": str(each.plans.folder),
+        "weight_bytes": None,
+        "scratch_bytes": None,
+        "record": None,
+    }
+    read = unread if each.record is None else plan_tables.facts(each.plans, each.record)
+    return read | {"problem": None if each.problem is None else str(each.problem)}
 
 
 def facts(summary: BundleSummary) -> dict[str, Any]:
@@ -94,6 +146,12 @@ def _render(folder: Path, summary: BundleSummary) -> None:
             for stage in check.stages
         ],
     )
+
+
+def _render_plans(each: ExaminedPlans) -> None:
+    if each.record is not None:
+        verdict = "ok" if each.problem is None else "does not fit"
+        plan_tables.render(each.plans, each.record, dict.fromkeys(each.record.plans, verdict))
 
 
 def _settings(manifest: Manifest) -> list[tuple[str, str]]:

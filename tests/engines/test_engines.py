@@ -5,19 +5,24 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from skipvision.layout import TokenLayout
-from svcli_engines import onnx_engine
+from svcli_engines import onnx_engine, torch_engine
 from svcli_engines.base import Engine, EngineError, Pixels
 from svcli_engines.onnx_engine import OnnxEngine
+from svcli_engines.torch_engine import TorchEngine, TorchPrecision
+from svcli_export.contract import CACHE_PARTS
 from svcli_export.runtime import ProviderError, open_session
 from tests.engines.conftest import Exported
 from tests.export.tiny import IMAGE_SIZE
@@ -164,6 +169,108 @@ def test_misuse_is_refused(exported: Exported, kind: str) -> None:
     assert engine.length == 0
     with pytest.raises(EngineError, match="prefill first"):
         engine.extend([5])
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.04), ("bf16", 0.2)])
+def test_torch_in_half_precision_stays_near_fp32(
+    exported: Exported, precision: TorchPrecision, tolerance: float
+) -> None:
+    """Logits reach 9, of which fp16 keeps one part in 2048 and bf16 one in 256, over some ten products in a row.
+
+    Of text, since of patches that are nearly as good as each other bf16 may choose another one.
+    """
+    capacity = exported.manifest.contract.capacity
+    engine, reference = (
+        TorchEngine(exported.checkpoint, capacity=capacity, precision=precision),
+        exported.torch_engine(),
+    )
+    assert np.isfinite(prefill(engine, exported, PROMPTS["two images"])).all()
+    for each in (engine, reference):
+        prefill(each, exported, PROMPTS["text only"])
+    logits, expected = engine.extend(NEW), reference.extend(NEW)
+    assert logits.dtype == np.float32
+    assert (engine.precision, 2 * engine.kv_bytes_per_row) == (precision, reference.kv_bytes_per_row)
+    np.testing.assert_allclose(logits, expected, atol=tolerance)
+    assert not np.array_equal(logits, expected)
+
+
+def test_torch_by_the_weights_of_a_bundle_is_that_of_its_checkpoint(exported: Exported) -> None:
+    engines = exported.torch_engine(), TorchEngine.of_bundle(exported.bundle, exported.manifest)
+    logits = [(prefill(engine, exported, PROMPTS["two images"]), engine.extend(NEW)) for engine in engines]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    for part in CACHE_PARTS:
+        np.testing.assert_array_equal(engines[0].cache_rows(1, part), engines[1].cache_rows(1, part))
+        assert engines[0].cache_rows(1, part).shape == (2, engines[0].length, 8)
+
+
+def capture_by_tracing(engine: TorchEngine) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """A CUDA graph on the CPU: the operations of one step, on the very tensors they had, and nothing of Python's."""
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        assert engine._cache is not None
+        tensors = [*engine._cache.keys, *engine._cache.values, engine._cache.lengths, engine._cache.next_positions]
+        before = [tensor.clone() for tensor in tensors]
+        traced = make_fx(lambda: step())()
+        for tensor, value in zip(tensors, before, strict=True):  # a capture runs nothing
+            tensor.copy_(value)
+        return traced
+
+    return capture
+
+
+def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
+    """The engine as it is on CUDA."""
+    engine.decode_mode = "warming up"
+    monkeypatch.setattr(torch_engine, "capture", capture_by_tracing(engine))
+    return engine
+
+
+def test_torch_decodes_by_a_graph_what_it_decodes_without(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, reference = with_graphs(exported.torch_engine(), monkeypatch), exported.torch_engine()
+    modes = []
+    for ids in (PROMPTS["two images"], PROMPTS["text only"]):
+        np.testing.assert_array_equal(prefill(engine, exported, ids), prefill(reference, exported, ids))
+        for step in ([5], [6], [7], [8], [9, 10], [11], [12]):
+            logits = engine.extend(step)
+            np.testing.assert_array_equal(logits, reference.extend(step))
+            kept = logits.copy()
+            modes.append(engine.decode_mode)
+        assert engine.length == reference.length
+        engine.reset()
+    assert modes == ["warming up"] * 2 + ["graph"] * 12
+    prefill(engine, exported, PROMPTS["text only"])
+    engine.extend([5])
+    np.testing.assert_array_equal(logits, kept)  # results are not overwritten by the next step
+    engine.close()
+    assert engine.length == 0
+
+
+def test_torch_without_a_graph_says_why_and_goes_on(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, reference = with_graphs(exported.torch_engine(), monkeypatch), exported.torch_engine()
+
+    def refuse(_step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+
+    monkeypatch.setattr(torch_engine, "capture", refuse)
+    for ids in (PROMPTS["one image first"], PROMPTS["text only"]):
+        np.testing.assert_array_equal(prefill(engine, exported, ids), prefill(reference, exported, ids))
+        for token in NEW:
+            np.testing.assert_array_equal(engine.extend([token]), reference.extend([token]))
+    assert engine.decode_mode == "eager: operation not permitted when stream is capturing"
+
+
+def test_torch_on_the_cpu_makes_no_graph(exported: Exported) -> None:
+    engine = exported.torch_engine()
+    prefill(engine, exported, PROMPTS["text only"])
+    for token in NEW:
+        engine.extend([token])
+    assert engine.decode_mode == "eager"
+
+
+def test_torch_without_cuda_is_one_clear_error(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="this PyTorch finds no CUDA"):
+        TorchEngine(exported.checkpoint, capacity=96, device="cuda")
 
 
 def test_cuda_without_cuda_is_one_clear_error(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ else:
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
+GROUPS = PROJECT["dependency-groups"]
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
 PINS = [Requirement(line) for line in LINES]
 
@@ -39,9 +40,9 @@ def closure(requirements: list[str]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("extra", ["", *EXTRAS, "dev"])
+@pytest.mark.parametrize("extra", ["", *EXTRAS, *GROUPS])
 def test_everything_that_an_install_brings_is_pinned(extra: str) -> None:
-    groups = {"": PROJECT["project"]["dependencies"], "dev": PROJECT["dependency-groups"]["dev"], **EXTRAS}
+    groups = {"": PROJECT["project"]["dependencies"], **EXTRAS, **GROUPS}
     pinned = {canonicalize_name(pin.name) for pin in PINS}
     assert closure(groups[extra]) <= pinned
 

@@ -70,6 +70,7 @@ def test_wheel_holds_our_packages_the_model_and_nothing_else(wheel: Path) -> Non
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == PACKAGES
     assert {f"{package}/__init__.py" for package in PACKAGES} <= set(names)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    assert "svcli_engines/plugins/kernels.cu" in names
     assert f"{MODEL}/manifest.json" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from skipvision import checkpoint
-from skipvision.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_directory
+from skipvision import folders
+from skipvision.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from skipvision.config import SkipConfig
+from skipvision.folders import write_directory
 from skipvision.model import SkipVisionModel
 from tests.skipvision.tiny import PROMPTS, SKIPS, batch_of, tiny_config, tiny_model
 
@@ -191,7 +192,7 @@ def test_a_failing_swap_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypa
     def fail(_first: Path, second: Path) -> None:
         raise OSError(errno.EINVAL, "no", str(second))
 
-    monkeypatch.setattr(checkpoint, "_exchange", fail)
+    monkeypatch.setattr(folders, "_exchange", fail)
     with pytest.raises(OSError, match="no"):
         write_directory(path, lambda folder: (folder / "new").touch())
     assert {each.name: each.read_bytes() for each in path.iterdir()} == before
@@ -201,13 +202,13 @@ def test_a_failing_swap_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypa
 def test_a_swap_that_the_system_refuses_says_why(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with pytest.raises(FileNotFoundError, match="checkpoint"):
-        checkpoint._exchange(tmp_path / "none", path)
+        folders._exchange(tmp_path / "none", path)
     assert (path / WEIGHTS).exists()
 
 
 def test_old_and_new_change_places_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the swap touches the folder, and either side of it both are whole."""
-    path, exchange = saved(tmp_path), checkpoint._exchange
+    path, exchange = saved(tmp_path), folders._exchange
     swaps = []
 
     def spy(fresh: Path, old: Path) -> None:
@@ -218,7 +219,7 @@ def test_old_and_new_change_places_in_one_step(tmp_path: Path, monkeypatch: pyte
         assert (old / "new").exists()
         swaps.append(old)
 
-    monkeypatch.setattr(checkpoint, "_exchange", spy)
+    monkeypatch.setattr(folders, "_exchange", spy)
     monkeypatch.delattr(os, "replace")
     write_directory(path, lambda folder: (folder / "new").touch())
     assert swaps == [path]

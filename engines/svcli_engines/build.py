@@ -1,0 +1,224 @@
+"""A bundle becomes plans: one folder a target, each put in place in one move.
+
+Needs onnx, and torch for the shared layout. TensorRT and polygraphy are loaded in the builder's own process only.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import skipvision
+from skipvision.folders import write_directory
+from svcli_engines.build_options import (
+    LocalGpu,
+    Options,
+    check_gpu,
+    check_options,
+    check_room,
+    choose_targets,
+    find_gpu,
+)
+from svcli_engines.build_orders import RECIPES_FILE, Order, Part, plan_order, plan_parts
+from svcli_engines.builder_process import BuildError, Job, MachineError, Task, Tools, build, find_tools
+from svcli_engines.plan_graphs import layout_weight_bytes
+from svcli_engines.plans import FORMAT_VERSION, EngineLayout, PlanFile, PlanRecord, PlanSet, built_from, write_record
+from svcli_export.manifest import Manifest, file_entry, load_manifest
+
+Progress = Callable[[str, float, float, str], None]
+"""Called with what is being done, how much of it is done, how much there is, and the file at hand."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The plan set of one target, as it is now."""
+
+    plans: PlanSet
+    record: PlanRecord
+    built: tuple[str, ...]
+    """Files that were built; none where all were up to date."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The plan sets of all targets, and what a bundle takes on a GPU beside scratch memory."""
+
+    outcomes: tuple[Outcome, ...]
+    weight_bytes: dict[EngineLayout, int]
+    """With either layout."""
+    kv_rows: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class _Staged(PlanSet):
+    """A plan set that is not in its place yet."""
+
+    place: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.place
+
+
+def build_plans(
+    bundle: Path,
+    options: Options,
+    targets: Sequence[str] = (),
+    progress: Progress = lambda _what, _done, _total, _file: None,
+) -> Result:
+    """Builds the plans of a bundle for each of `targets`, for the GPU here if there are none.
+
+    What was built from the same already is kept. An interrupted or failed build leaves an older set as it was.
+
+    Raises BuildOptionError, MachineError, BuildError, or what the parts raise: BundleError, ContractError, GraphError
+    (all ValueError).
+    """
+    manifest = load_manifest(bundle)
+    check_options(bundle, manifest, options, targets)
+    gpu = find_gpu()
+    check_gpu(options.backend, targets, gpu)
+    tools = find_tools(options.backend, gpu.driver)
+    wanted = choose_targets(options.backend, targets, gpu, tools)
+    parts = plan_parts(bundle, manifest, options)
+    sets = [PlanSet(bundle, options.backend, target) for target in wanted]
+    orders = [plan_order(plans, manifest, options, parts, tools) for plans in sets]
+    check_room(bundle, [part.weight_bytes for order in orders for part in order.missing])
+    total = sum(part.weight_bytes for order in orders for part in order.missing)
+    done, outcomes = 0, []
+    for order in orders:
+        work = _Work(manifest, options, parts, tools, gpu, order, partial(_tell, progress, order, done, total))
+        outcomes.append(work.run())
+        done += sum(part.weight_bytes for part in order.missing)
+    contract = manifest.contract
+    kv_bytes = contract.capacity * contract.kv_bytes_per_row
+    return Result(tuple(outcomes), layout_weight_bytes(bundle, manifest), contract.capacity, kv_bytes)
+
+
+def _tell(progress: Progress, order: Order, before: float, total: float, file: str, done: float) -> None:
+    progress("building plans", before + done, total, f"{order.plans.folder.name}/{file}")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Building one set."""
+
+    manifest: Manifest
+    options: Options
+    parts: Sequence[Part]
+    tools: Tools
+    gpu: LocalGpu
+    order: Order
+    progress: Callable[[str, float], None]
+    """Called with the file at hand, and the bytes of weights that are in plans."""
+
+    def run(self) -> Outcome:
+        order = self.order
+        if order.old is not None and not order.missing and order.old == self._record(order.kept):
+            return Outcome(order.plans, order.old, ())
+        order.log.parent.mkdir(parents=True, exist_ok=True)
+        if order.missing:
+            order.log.write_bytes(b"")
+        records: list[PlanRecord] = []
+
+        def write(folder: Path) -> None:
+            record = self._record(self._fill(folder))
+            (folder / RECIPES_FILE).write_text(json.dumps(order.recipes, indent=1) + "\n", encoding="utf-8")
+            write_record(_Staged(order.plans.bundle, order.plans.backend, order.plans.target, folder), record)
+            records.append(record)
+
+        try:
+            write_directory(order.plans.folder, write)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise MachineError(f"the disk of {order.plans.bundle} is full; free some room and build again") from None
+        return Outcome(order.plans, records[0], tuple(part.file for part in order.missing))
+
+    def _fill(self, folder: Path) -> dict[str, PlanFile]:
+        """Puts every plan into `folder`."""
+        files: dict[str, PlanFile] = {}
+        done = 0
+        for part in self.parts:
+            if part.file in self.order.kept:
+                _take(self.order.plans.folder / part.file, folder / part.file)
+                files[part.file] = self.order.kept[part.file]
+                continue
+            self.progress(part.file, done)
+            files[part.file] = self._build(part, folder / part.file, done)
+            done += part.weight_bytes
+            self.progress(part.file, done)
+        return files
+
+    def _build(self, part: Part, path: Path, done: int) -> PlanFile:
+        """Builds one plan into the file `path`; `done` is what `progress` was told before."""
+        with _beside_weights(self.order.plans.bundle, part) as graph:
+            job = Job(
+                graph=graph,
+                plan=path,
+                target=self.order.plans.target,
+                profiles=part.profiles,
+                caches=part.caches,
+                num_plugins=part.num_plugins,
+                workspace=self.options.workspace,
+                timing_cache=self.options.timing_cache,
+                runs_here=self.gpu.target == self.order.plans.target,
+            )
+            task = Task(backend=self.options.backend, driver=self.gpu.driver, job=job)
+            tell = self.progress
+            built = build(task, self.order.log, lambda share: tell(part.file, done + share * part.weight_bytes))
+        if built.version != self.tools.version:
+            raise BuildError(f"{self.options.backend} became {built.version} during the build; build again")
+        entry = file_entry(path)
+        return PlanFile(
+            size=entry.size,
+            sha256=entry.sha256,
+            num_layers=built.num_layers,
+            scratch_bytes=built.scratch_bytes,
+            weight_bytes=part.weight_bytes,
+            profiles=part.profiles,
+            plugins=part.plugins,
+            kernel_sha256=part.kernel_sha256,
+            build_seconds=built.seconds,
+        )
+
+    def _record(self, files: Mapping[str, PlanFile]) -> PlanRecord:
+        contract = self.manifest.contract
+        return PlanRecord(
+            format_version=FORMAT_VERSION,
+            svcli=skipvision.__version__,
+            backend=self.options.backend,
+            backend_version=self.tools.version,
+            target=self.order.plans.target,
+            layout=self.options.layout,
+            precision=contract.precision,
+            max_context=contract.max_context,
+            capacity=contract.capacity,
+            sources=built_from(self.manifest),
+            plans=dict(files),
+        )
+
+
+@contextmanager
+def _beside_weights(bundle: Path, part: Part) -> Iterator[Path]:
+    """A file with the graph, for a while: its weights are looked for in the folder where it lies."""
+    with tempfile.NamedTemporaryFile(dir=bundle, prefix=f".{part.file}.", suffix=".onnx") as file:
+        file.write(part.graph.SerializeToString())
+        file.flush()
+        yield Path(file.name)
+
+
+def _take(old: Path, new: Path) -> None:
+    """The same file in another folder, without a copy where the disk can do that."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)

@@ -1,0 +1,130 @@
+"""What a build of plans is asked for, and whether the bundle and this machine can give it. Imports no TensorRT."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svcli_engines import environment
+from svcli_engines.builder_process import MachineError, Tools
+from svcli_engines.plans import Backend, EngineLayout
+from svcli_export.manifest import Manifest
+
+_TARGET = re.compile(r"sm_\d{2,3}")
+_GROWTH, _SLACK = 1.25, 16 << 20
+"""A plan is its weights, some of them packed anew, and code."""
+
+
+class BuildOptionError(ValueError):
+    """Options, or a bundle, of which no plan can be built; the message says what would do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How plans are built."""
+
+    backend: Backend
+    layout: EngineLayout = "split"
+    max_context: int | None = None
+    """Rows of the longest prompt, as the plain model counts them; the bundle's own limit if None."""
+    workspace: int | None = None
+    """Most bytes of scratch memory for a kernel; TensorRT's own limit if None."""
+    timing_cache: Path | None = None
+    """Where TensorRT keeps what it measured from one build to the next."""
+
+
+@dataclass(frozen=True)
+class LocalGpu:
+    """The first GPU here."""
+
+    target: str | None
+    """Compute capability, such as `sm_89`; None where no GPU can be used."""
+    problem: str | None
+    driver: int | None
+    """Newest CUDA that the driver runs, such as 13000."""
+
+
+def check_options(bundle: Path, manifest: Manifest, options: Options, targets: Sequence[str]) -> None:
+    """Raises BuildOptionError where options do not fit the bundle, or each other."""
+    contract = manifest.contract
+    if contract.precision != "fp16":
+        raise BuildOptionError(
+            f"{bundle} is in {contract.precision}, and TensorRT takes fp16: `svcli export CHECKPOINT -o BUNDLE"
+            f" --precision fp16 --max-context {contract.max_context} --max-images {contract.max_images}`"
+        )
+    if options.max_context is not None and options.max_context > contract.max_context:
+        raise BuildOptionError(
+            f"--max-context {options.max_context} is more than the {contract.max_context} that are baked into {bundle}:"
+            f" `svcli export CHECKPOINT -o BUNDLE --precision fp16 --max-context {options.max_context}`"
+        )
+    for target in targets:
+        if not _TARGET.fullmatch(target):
+            raise BuildOptionError(f"--target {target}: write a compute capability, such as sm_89 for 8.9")
+    if options.timing_cache is None:
+        return
+    if options.backend == "tensorrt-rtx":
+        raise BuildOptionError("--timing-cache: TensorRT-RTX measures nothing while it builds; leave it out")
+    if not options.timing_cache.absolute().parent.is_dir():
+        raise BuildOptionError(f"--timing-cache {options.timing_cache}: there is no such folder to write it to")
+
+
+def find_gpu() -> LocalGpu:
+    """What the driver says, asked in a process of its own."""
+    found = environment._cuda()
+    capability = found.gpus[0].compute_capability if found.gpus and found.problem is None else None
+    major, _, minor = (found.cuda or "").partition(".")
+    return LocalGpu(
+        target=None if capability is None else f"sm_{capability.replace('.', '')}",
+        problem=found.problem or (None if capability else "it does not say its compute capability"),
+        driver=1000 * int(major) + 10 * int(minor) if major.isdigit() and minor.isdigit() else None,
+    )
+
+
+def check_gpu(backend: Backend, targets: Sequence[str], gpu: LocalGpu) -> None:
+    """Raises MachineError where a GPU is needed and none can be used."""
+    if gpu.target is not None:
+        return
+    if backend == "tensorrt":
+        raise MachineError(
+            f"TensorRT builds on the GPU that runs the plans, and none can be used here ({gpu.problem}); mend what"
+            " `svcli doctor` says of it, or build with --backend tensorrt-rtx --target sm_89, which needs none"
+        )
+    if not targets:
+        raise MachineError(
+            f"there is no GPU here to build for ({gpu.problem}); name the one that is going to run the plans, such as"
+            " --target sm_89"
+        )
+
+
+def choose_targets(backend: Backend, targets: Sequence[str], gpu: LocalGpu, tools: Tools) -> list[str]:
+    """Those to build for, without repeats: `targets`, or the GPU here.
+
+    Raises BuildOptionError for one that the backend cannot build for.
+    """
+    wanted = list(dict.fromkeys(targets)) or [str(gpu.target)]
+    for target in wanted:
+        if backend == "tensorrt" and target != gpu.target:
+            raise BuildOptionError(
+                f"TensorRT builds for the GPU that it runs on, {gpu.target} here, not for {target}; build on such a"
+                " machine, or with --backend tensorrt-rtx"
+            )
+        if tools.targets and target not in tools.targets:
+            raise BuildOptionError(
+                f"{backend} {tools.version} builds for {', '.join(tools.targets)}, not for {target}; build with"
+                " --backend tensorrt on a machine that has such a GPU"
+            )
+    return wanted
+
+
+def check_room(bundle: Path, weight_bytes: Sequence[int]) -> None:
+    """Raises MachineError where the disk has less room than plans of these weights take, beside those there are."""
+    needed = sum(int(_GROWTH * size) + _SLACK for size in weight_bytes)
+    free = shutil.disk_usage(bundle).free
+    if needed > free:
+        raise MachineError(
+            f"the plans take about {needed >> 20} MiB and the disk of {bundle} has {free >> 20} MiB left; free some"
+            " room, or copy the bundle to a larger disk"
+        )

@@ -1,0 +1,287 @@
+"""plan.json beside the TensorRT plans of a bundle: what they were built from and for. Imports no torch, no TensorRT.
+
+One plan set is one folder, `BUNDLE/plans/<backend>-<target>/`. `svcli build-engine` writes it, the engine checks it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+
+from svcli_export.contract import Contract, GraphName, GraphSpec, Precision
+from svcli_export.manifest import Manifest, file_entry, required_files
+
+FORMAT_VERSION = 1
+RECORD_FILE = "plan.json"
+PLANS_FOLDER = "plans"
+
+Backend = Literal["tensorrt", "tensorrt-rtx"]
+EngineLayout = Literal["split", "shared"]
+"""`split`: one plan a phase. `shared`: prefill and decode are profiles of one plan, which holds the weights once."""
+
+Place = tuple[str, int]
+"""A plan file and its optimisation profile."""
+PLACES: dict[EngineLayout, dict[GraphName, Place]] = {
+    "split": {"vision": ("vision.plan", 0), "prefill": ("prefill.plan", 0), "decode": ("decode.plan", 0)},
+    "shared": {"vision": ("vision.plan", 0), "prefill": ("decoder.plan", 0), "decode": ("decoder.plan", 1)},
+}
+"""Where each phase is found."""
+
+MAX_NEW = 256
+"""Ids that one run of decode takes; the engine cuts longer questions. More would only grow the scratch memory."""
+_USUAL_TEXT = 64
+"""Text rows of the prompt that prefill is tuned for, beside one picture."""
+
+
+class PlanError(ValueError):
+    """Plans that cannot be used; one sentence with what is wrong and the command that mends it."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShapeRange(_Strict):
+    """What one input of one profile may be; kernels are tuned for `opt`."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+class PlanFile(_Strict):
+    """One plan as it was built. Two builds differ in their bytes, so `sha256` only tells whether this file is whole."""
+
+    size: PositiveInt
+    sha256: str
+    num_layers: int
+    scratch_bytes: int | None
+    """Device memory for activations; None where the builder cannot tell without a GPU."""
+    weight_bytes: int
+    profiles: tuple[dict[str, ShapeRange], ...]
+    """Input name to range, one dictionary a profile."""
+    plugins: tuple[str, ...]
+    kernel_sha256: str
+    """Of the source of the plugins' kernels; empty where there are none."""
+    build_seconds: float
+
+
+class PlanRecord(_Strict):
+    """plan.json."""
+
+    format_version: int
+    svcli: str
+    """Version that built the set."""
+    backend: Backend
+    backend_version: str
+    target: str
+    """Compute capability, such as `sm_89`."""
+    layout: EngineLayout
+    precision: Precision
+    max_context: int
+    capacity: int
+    sources: dict[str, str]
+    """sha256 of each graph and of the weights, from the bundle's manifest."""
+    plans: dict[str, PlanFile]
+    """By file name."""
+
+    @model_validator(mode="after")
+    def _plans_of_the_layout(self) -> PlanRecord:
+        wanted = set(plan_files(self.layout))
+        if wanted != self.plans.keys():
+            raise ValueError(f"layout {self.layout} has the plans {', '.join(sorted(wanted))}")
+        return self
+
+
+@dataclass(frozen=True)
+class PlanSet:
+    """Where the plans of one backend for one kind of GPU are."""
+
+    bundle: Path
+    backend: Backend
+    target: str
+
+    @property
+    def folder(self) -> Path:
+        return self.bundle / PLANS_FOLDER / f"{self.backend}-{self.target}"
+
+    @property
+    def command(self) -> str:
+        """What builds them."""
+        bundle = shlex.quote(str(self.bundle))
+        return f"`svcli build-engine {bundle} --backend {self.backend} --target {self.target}`"
+
+
+@dataclass(frozen=True)
+class RuntimeFacts:
+    """What plans are going to be run by."""
+
+    backend: Backend
+    version: str
+    target: str
+
+
+def plan_files(layout: EngineLayout) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(file for file, _ in PLACES[layout].values()))
+
+
+def built_from(manifest: Manifest) -> dict[str, str]:
+    """`sources` of plans that are built from this bundle now."""
+    inputs = (name for name in required_files(manifest.contract) if name.endswith((".onnx", ".safetensors")))
+    return {name: manifest.files[name].sha256 for name in inputs}
+
+
+def write_record(plans: PlanSet, record: PlanRecord) -> None:
+    """Writes plan.json beside the plans, in one move."""
+    path = plans.folder / RECORD_FILE
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def find_plan_sets(bundle: Path) -> list[PlanSet]:
+    """Every plan set of a bundle, by name, whatever its state."""
+    found = (
+        PlanSet(bundle, backend, path.parent.name.removeprefix(f"{backend}-"))
+        for backend in get_args(Backend)
+        for path in (bundle / PLANS_FOLDER).glob(f"{backend}-sm_*/{RECORD_FILE}")
+    )
+    return sorted(found, key=lambda plans: plans.folder.name)
+
+
+def load_record(plans: PlanSet) -> PlanRecord:
+    """Raises PlanError for plans that are not there, an unreadable record, or one of another format or another set."""
+    data = _read(plans)
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise refusal(plans, f"its format {version!r} is not the {FORMAT_VERSION} that is read here")
+    try:
+        record = PlanRecord.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its plans"
+        raise refusal(plans, f"{RECORD_FILE} at {where}: {first['msg']}") from None
+    if (record.backend, record.target) != (plans.backend, plans.target):
+        raise refusal(plans, f"the plans in it are of {record.backend} for {record.target}")
+    return record
+
+
+def check_fits(
+    plans: PlanSet,
+    record: PlanRecord,
+    manifest: Manifest,
+    facts: RuntimeFacts | None = None,
+    *,
+    check_files: bool = True,
+) -> None:
+    """Raises PlanError where plans do not fit the bundle, the run time or the GPU, or are missing, cut or altered.
+
+    Without `facts` only the bundle and the files are looked at; without `check_files` plans are not hashed.
+    """
+    contract = manifest.contract
+    if facts is not None:
+        _check_runtime(plans, record, facts)
+    built = record.max_context, record.capacity, record.precision
+    wanted = contract.max_context, contract.capacity, contract.precision
+    if built != wanted:
+        was, now = (f"{context} rows of context ({rows} cached) in {kind}" for context, rows, kind in (built, wanted))
+        raise refusal(plans, f"built for {was}, and the bundle has {now}")
+    sources = built_from(manifest)
+    if record.sources != sources:
+        changed = sorted(
+            name for name in sources.keys() | record.sources if sources.get(name) != record.sources.get(name)
+        )
+        raise refusal(plans, f"the bundle's {changed[0]} has changed since the plans were built")
+    for name, plan in record.plans.items():
+        path = plans.folder / name
+        if not path.is_file():
+            raise refusal(plans, f"{name} is missing")
+        if path.stat().st_size != plan.size:
+            raise refusal(plans, f"{name} has {path.stat().st_size} bytes instead of {plan.size}")
+        if check_files and file_entry(path).sha256 != plan.sha256:
+            raise refusal(plans, f"{name} was altered (its sha256 differs)")
+
+
+def phase_spec(contract: Contract, layout: EngineLayout, phase: GraphName) -> GraphSpec:
+    """What the plan of a phase takes and gives.
+
+    The shared decoder is prefill behind a cache: the inputs of prefill, then `write_index`. Decode feeds it new ids
+    without pictures or skipped rows.
+    """
+    if layout == "split" or phase == "vision":
+        return contract.graph(phase)
+    prefill, decode = contract.graph("prefill"), contract.graph("decode")
+    extra = tuple(tensor for tensor in decode.inputs if tensor.name == "write_index")
+    return prefill.model_copy(update={"inputs": (*prefill.inputs, *extra)})
+
+
+def phase_ranges(contract: Contract, layout: EngineLayout, phase: GraphName) -> dict[str, ShapeRange]:
+    """Range of every input of a phase: what its profile must allow for the engine to work.
+
+    A prompt without pictures binds one picture's rows that nothing refers to, so no dimension is ever 0.
+    """
+    sizes = _sizes(contract, phase)
+
+    def shape(dimensions: tuple[int | str, ...], which: int) -> tuple[int, ...]:
+        return tuple(each if isinstance(each, int) else sizes[each][which] for each in dimensions)
+
+    return {
+        tensor.name: ShapeRange(**{which: shape(tensor.shape, n) for n, which in enumerate(("min", "opt", "max"))})
+        for tensor in phase_spec(contract, layout, phase).inputs
+    }
+
+
+def refusal(plans: PlanSet, problem: str, remedy: PlanSet | None = None) -> PlanError:
+    """The error for a plan set with a problem; `remedy` is what to build, where that is another set."""
+    return PlanError(f"{plans.folder}: {problem}; build them again with {(remedy or plans).command}")
+
+
+def _sizes(contract: Contract, phase: GraphName) -> Mapping[str, tuple[int, int, int]]:
+    """Smallest, usual and largest of each free dimension."""
+    if phase == "decode":
+        new = 1, 1, min(MAX_NEW, contract.capacity)
+        rows = dict.fromkeys(("num_new", "num_ids", "num_rows", "num_kept"), new)
+        return {**rows, "num_images": (1, 1, 1)}
+    if phase == "vision":
+        return {"num_images": (1, 1, contract.max_images)}
+    visual = next(tensor for tensor in contract.graph("prefill").inputs if tensor.name == "visual")
+    span, skipped = int(visual.shape[1]), (contract.max_positions - contract.capacity) // contract.max_images
+    text = min(_USUAL_TEXT, contract.capacity - (span - skipped))
+    return {
+        "num_images": (1, 1, contract.max_images),
+        "num_ids": (1, text, contract.capacity),
+        "num_rows": (1, text + span, contract.max_positions),
+        "num_kept": (1, text + span - skipped, contract.capacity),
+    }
+
+
+def _check_runtime(plans: PlanSet, record: PlanRecord, facts: RuntimeFacts) -> None:
+    here = PlanSet(plans.bundle, facts.backend, facts.target)
+    if record.backend != facts.backend:
+        raise refusal(plans, f"{record.backend} built them and {facts.backend} is to run them", here)
+    if record.backend_version != facts.version:
+        version = f"{record.backend} {record.backend_version} built them and {facts.version} is installed"
+        raise refusal(plans, version, here)
+    if record.target != facts.target:
+        raise refusal(plans, f"they are for {record.target} and this GPU is {facts.target}", here)
+
+
+def _read(plans: PlanSet) -> dict[str, Any]:
+    try:
+        data = json.loads((plans.folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(
+            f"{plans.bundle} has no plans of {plans.backend} for {plans.target}; build them with {plans.command}"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise refusal(plans, f"{RECORD_FILE} is unreadable ({error})") from None
+    if not isinstance(data, dict):
+        raise refusal(plans, f"{RECORD_FILE} is not a JSON object")
+    return data

@@ -1,0 +1,270 @@
+"""A bundle's plans in TensorRT or TensorRT-RTX: fixed buffers, the KV cache in place, one id as a CUDA graph.
+
+Imports neither torch nor TensorRT; making an engine imports the latter, and cuda-python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from skipvision.layout import FOREVER, TokenLayout
+from svcli_engines.base import EngineError, Logits, Pixels, Visual, check_extend, check_prefill
+from svcli_engines.cuda import Cuda, CudaRuntime
+from svcli_engines.plans import (
+    PLACES,
+    Backend,
+    EngineLayout,
+    PlanSet,
+    RuntimeFacts,
+    check_fits,
+    load_record,
+    phase_spec,
+)
+from svcli_engines.tensorrt_runtime import STORAGE, LoadedPlan, Phase, Shape, TensorRT, num_bytes
+from svcli_export.contract import CACHE_PARTS, CachePart, GraphName, past_name, present_name
+from svcli_export.manifest import Manifest
+
+Array = npt.NDArray[Any]
+PhaseName = Literal["vision", "prefill", "decode", "step"]
+
+_GRAPHS: dict[PhaseName, GraphName] = {"vision": "vision", "prefill": "prefill", "decode": "decode", "step": "decode"}
+"""What a graph was captured from must not change any more, so single ids have a context of their own: `step`."""
+_WARM_UP = 2
+"""Steps that run before one is captured: a plan leaves work of its own to its first runs."""
+_SMALLEST = 256
+"""Bytes of scratch memory where no plan wants any: its address must still be one."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor's memory on the GPU, and where the CPU prepares or reads it."""
+
+    address: int
+    host: Array
+    """Bytes."""
+
+    def view(self, shape: Shape, dtype: str) -> Array:
+        """A tensor at the start of `host`."""
+        return self.host[: num_bytes(shape, dtype)].view(STORAGE[dtype]).reshape(shape)
+
+
+class TensorRTEngine:
+    """One plan set on the first GPU. Everything is loaded and allocated when the engine is made."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        backend: Backend = "tensorrt",
+        check_files: bool = True,
+        tensorrt: Any = None,
+        cuda: CudaRuntime | None = None,
+    ) -> None:
+        """`check_files`: hash the plans first. `tensorrt`, `cuda`: modules to use instead of those installed.
+
+        Raises EngineError where TensorRT, CUDA or a GPU is missing or memory is short, PlanError for plans that do
+        not fit.
+        """
+        start = perf_counter()
+        self._contract = manifest.contract
+        self._phases: dict[PhaseName, Phase] = {}
+        self._cuda = Cuda(cuda)
+        try:
+            runtime = TensorRT(backend, self._cuda, tensorrt)
+            plans = PlanSet(bundle, backend, self._cuda.target)
+            record = load_record(plans)
+            facts = RuntimeFacts(backend, runtime.version, self._cuda.target)
+            check_fits(plans, record, manifest, facts, check_files=check_files)
+            loaded = {file: LoadedPlan(plans, file, runtime.load(plans, file)) for file in record.plans}
+            self._prepare(runtime, loaded, record.layout)
+        except BaseException:
+            self.close()
+            raise
+        self.name, self.precision = f"{backend}-{self._cuda.target}", str(record.precision)
+        self.decode_mode = "warming up"
+        """How single ids are decoded: `warming up`, `graph`, or `eager: ` and why there is no graph."""
+        self._graph: Any = None
+        self._cache_host: Array | None = None
+        self._num_steps = 0
+        self._length = self._next_position = 0
+        self.load_seconds = perf_counter() - start
+
+    @property
+    def capacity(self) -> int:
+        return self._contract.capacity
+
+    @property
+    def kv_bytes_per_row(self) -> int:
+        return self._contract.kv_bytes_per_row
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def encode(self, pixels: Pixels) -> Visual:
+        most = self._phases["vision"].ranges["pixels"][1][0]
+        parts = [pixels[first : first + most] for first in range(0, len(pixels), most)]
+        return np.concatenate([self._run("vision", {"pixels": part}, "visual", len(part)) for part in parts])
+
+    def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        check_prefill(layout, visual, self.capacity)
+        self.reset()
+        feeds: dict[str, Array] = {
+            "input_ids": np.array([input_ids], np.int64),
+            "source": layout.source[None],
+            "position_ids": layout.positions[None],
+            "visible_until": layout.visible_until[None],
+            "kept_index": np.arange(layout.num_kept, dtype=np.int64)[None],
+            "write_index": np.zeros(1, np.int64),
+        }
+        if visual is not None and len(visual) > 0:
+            feeds["visual"] = visual
+        logits: Logits = self._run("prefill", feeds)[0]
+        self._length, self._next_position = layout.num_kept, layout.length
+        return logits
+
+    def extend(self, input_ids: Sequence[int]) -> Logits:
+        check_extend(len(input_ids), self._length, self.capacity)
+        most = self._phases["decode"].ranges["input_ids"][1][1]
+        for first in range(0, len(input_ids), most):
+            ids = input_ids[first : first + most]
+            feeds = self._decode_feeds(ids)
+            logits: Logits = (self._run_step(feeds) if len(ids) == 1 else self._run("decode", feeds))[0]
+            self._length, self._next_position = self._length + len(ids), self._next_position + len(ids)
+        return logits
+
+    def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
+        """A copy [G, length, d] of the rows in use of one layer's K or V."""
+        shape, dtype = self._contract.cache_shape, self._contract.compute_dtype
+        if self._cache_host is None:  # for comparing engines only, so not at the start
+            self._cache_host = self._cuda.allocate_host(num_bytes(shape, dtype))
+        whole = Buffer(self._addresses[past_name(layer, part)], self._cache_host)
+        rows = whole.view(shape, dtype)
+        self._cuda.to_host(rows, whole.address)
+        self._cuda.synchronize()
+        used: npt.NDArray[np.float32] = rows[0, :, : self._length].astype(np.float32)
+        return used
+
+    def reset(self) -> None:
+        self._length = self._next_position = 0
+
+    def close(self) -> None:
+        self._phases.clear()
+        self._cuda.close()
+
+    def _prepare(self, runtime: TensorRT, loaded: Mapping[str, LoadedPlan], layout: EngineLayout) -> None:
+        """Makes the contexts, and all memory that they work on."""
+        contract = self._contract
+        each = [(layer, part) for layer in range(contract.num_layers) for part in CACHE_PARTS]
+        caches = {past_name(layer, part): present_name(layer, part) for layer, part in each}
+        # One phase runs at a time, so all contexts work in the same memory.
+        scratch_size = max(_SMALLEST, *(plan.scratch_size for plan in loaded.values()))
+        scratch = self._cuda.allocate(scratch_size), scratch_size
+        for name, graph in _GRAPHS.items():
+            file, profile = PLACES[layout][graph]
+            spec = phase_spec(contract, layout, graph)
+            captured = name == "step"
+            self._phases[name] = Phase(runtime, loaded[file], profile, spec, caches, scratch, captured=captured)
+        self._buffers = self._allocate()
+        self._addresses = {name: buffer.address for name, buffer in self._buffers.items()}
+        for past, present in caches.items():
+            cache = self._cuda.allocate(num_bytes(contract.cache_shape, contract.compute_dtype))
+            self._addresses[past] = self._addresses[present] = cache
+        for phase in self._phases.values():
+            phase.bind(self._addresses)
+        self._phases["step"].set_shapes(self._phases["step"].shapes({}))
+        self._cuda.synchronize()
+
+    def _allocate(self) -> dict[str, Buffer]:
+        """One buffer for each tensor that is no cache, large enough for every phase that has it."""
+        sizes: dict[str, int] = {}
+        for phase in self._phases.values():
+            for name, size in phase.sizes().items():
+                sizes[name] = max(sizes.get(name, 0), size)
+        return {name: Buffer(self._cuda.allocate(size), self._cuda.allocate_host(size)) for name, size in sizes.items()}
+
+    def _decode_feeds(self, input_ids: Sequence[int]) -> dict[str, Array]:
+        """The decode plan has the first three; the shared decoder takes new ids as a prompt without pictures."""
+        rows = np.arange(len(input_ids), dtype=np.int64)
+        return {
+            "input_ids": np.array([input_ids], np.int64),
+            "position_ids": (self._next_position + rows)[None],
+            "write_index": np.array([self._length], np.int64),
+            "source": rows[None],
+            "visible_until": np.full_like(rows, FOREVER)[None],
+            "kept_index": rows[None],
+        }
+
+    def _run(self, name: PhaseName, feeds: Mapping[str, Array], output: str = "logits", count: int = 1) -> Array:
+        """Runs a phase: its output, [count, ...]."""
+        phase = self._phases[name]
+        phase.set_shapes(phase.shapes(feeds))
+        staged, result = self._stage(phase, feeds), self._result(phase, output, count)
+        self._submit(phase, staged, output, result)
+        return self._finish(phase, output, result)
+
+    def _run_step(self, feeds: Mapping[str, Array]) -> Array:
+        """Runs one id. Its inputs have fixed places, so that after the warm-up a captured graph does it all."""
+        phase = self._phases["step"]
+        staged, result = self._stage(phase, feeds), self._result(phase, "logits", 1)
+        if self._num_steps == _WARM_UP:
+            self._capture(phase, staged, result)
+        self._num_steps += 1
+        if self._graph is None:
+            self._submit(phase, staged, "logits", result)
+        else:
+            self._cuda.launch(self._graph)
+        return self._finish(phase, "logits", result)
+
+    def _capture(self, phase: Phase, staged: Mapping[str, Array], result: Array) -> None:
+        """Makes a graph of one step, copies included. Where that fails, `decode_mode` says why."""
+        if not phase.capturable():
+            self.decode_mode = "eager: TensorRT cannot record this plan"
+            return
+        try:
+            self._cuda.begin_capture()
+            self._submit(phase, staged, "logits", result)
+            self._graph = self._cuda.end_capture()
+            self.decode_mode = "graph"
+        except EngineError as error:
+            self._cuda.abandon_capture()
+            self.decode_mode = f"eager: {error}"
+
+    def _stage(self, phase: Phase, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Those of `feeds` that the phase takes, in its dtypes, where the GPU can fetch them."""
+        staged = {}
+        for name in (name for name in phase.fed if name in feeds):
+            staged[name] = self._buffers[name].view(feeds[name].shape, phase.dtype(name))
+            staged[name][...] = feeds[name]
+        return staged
+
+    def _result(self, phase: Phase, output: str, count: int) -> Array:
+        """Where the CPU will read an output."""
+        return self._buffers[output].view((count, *phase.output_shape(output)[1:]), phase.dtype(output))
+
+    def _submit(self, phase: Phase, staged: Mapping[str, Array], output: str, result: Array) -> None:
+        """Enqueues copies in, one run, and the copy out."""
+        for name, value in staged.items():
+            self._cuda.to_device(self._buffers[name].address, value)
+        phase.enqueue()
+        self._cuda.to_host(result, self._buffers[output].address)
+
+    def _finish(self, phase: Phase, output: str, result: Array) -> Array:
+        """Waits, and takes the result out of the buffer that the next run writes. Logits are always fp32."""
+        self._cuda.synchronize()
+        taken: Array
+        if output != "logits":
+            taken = result.copy()
+        elif phase.dtype(output) == "bfloat16":
+            taken = (result.astype(np.uint32) << 16).view(np.float32)
+        else:
+            taken = result.astype(np.float32)
+        return taken

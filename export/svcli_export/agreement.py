@@ -1,0 +1,151 @@
+"""When two runs of one model count as the same: what they look at, how far they are apart, where rounding ends.
+
+The check that ends an export and `svcli verify` share it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from skipvision.layout import RETAINED, SKIPPED, ImageSpan
+
+Floats = npt.NDArray[Any]
+
+NUM_TOKENS = 16
+"""Greedy tokens compared for each picture."""
+CHECK_QUESTION = "What is this?"
+_QUIET = 0.01
+"""Of the largest row's norm: smaller rows, such as V of the row that attention rests on, are judged by error alone,
+since their direction is mostly rounding."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Where a difference is no longer rounding."""
+
+    max_error: float
+    cosine: float
+    vision_cosine: float
+    """Lower: selection and merging are choices, and a patch that falls the other way changes its whole row."""
+    norm_ratio: float
+    """Largest distance of the ratio from 1."""
+    agreement: float
+
+
+# fp32: another order of summation. fp16: 11 bits of mantissa through all layers. int8: half a scale per weight
+# (0.4 % of the largest in its column) and 8 bit activations in ONNX Runtime's kernel. bf16: 8 bits of mantissa, as
+# rough as that. A greedy choice may flip where two tokens are as good as equal, so below fp32 a few may.
+TOLERANCES: dict[str, Tolerance] = {
+    "fp32": Tolerance(max_error=1e-3, cosine=0.99999, vision_cosine=0.99999, norm_ratio=1e-3, agreement=1.0),
+    "fp16": Tolerance(max_error=0.05, cosine=0.999, vision_cosine=0.95, norm_ratio=0.01, agreement=0.9),
+    "bf16": Tolerance(max_error=0.25, cosine=0.98, vision_cosine=0.9, norm_ratio=0.05, agreement=0.75),
+    "int8": Tolerance(max_error=0.25, cosine=0.98, vision_cosine=0.9, norm_ratio=0.05, agreement=0.75),
+}
+
+
+def loosest(first: Tolerance, second: Tolerance) -> Tolerance:
+    """What both may be off by."""
+    return first if first.max_error >= second.max_error else second
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far values are from the reference. Values that are not finite are infinitely far."""
+
+    max_error: float = 0.0
+    """Largest difference, relative to the largest value of the reference."""
+    cosine: float = 1.0
+    norm_ratio: float = 1.0
+    """The one furthest from 1."""
+
+
+def difference(got: Floats, reference: Floats) -> Difference:
+    """Of two arrays of one shape, each taken as one vector."""
+    return row_difference(got.reshape(1, -1), reference.reshape(1, -1))[0]
+
+
+def row_difference(got: Floats, reference: Floats) -> tuple[Difference, int]:
+    """The worst figures of any row of `got` [n, k], errors relative to the largest of all `reference` [n, k].
+
+    Also the row that points furthest away. One wrong row among hundreds hardly moves a cosine over all of them; row by
+    row it shows. Arrays of different shapes are infinitely far apart, from the first row that one of them lacks.
+    """
+    if got.shape != reference.shape:
+        return Difference(inf, -1.0, inf), min(len(got), len(reference))
+    finite = (np.isfinite(got) & np.isfinite(reference)).all(1)
+    if not finite.all():
+        return Difference(inf, -1.0, inf), int(finite.argmin())
+    left, right = got.astype(np.float64), reference.astype(np.float64)
+    norms, wanted = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
+    floor = _QUIET * wanted.max()
+    quiet = (norms <= floor) & (wanted <= floor)
+    directed = (norms > 0) & (wanted > 0)
+    cosines = np.where(quiet, 1, (left * right).sum(1) / np.where(directed, norms * wanted, 1))
+    ratios = np.where(quiet, 1, np.where(wanted > 0, norms / np.where(wanted > 0, wanted, 1), inf))
+    error, largest = np.abs(left - right).max(), np.abs(right).max()
+    relative = float(error / largest) if largest else (inf if error else 0.0)
+    figures = Difference(relative, float(cosines.min()), float(ratios[np.abs(ratios - 1).argmax()]))
+    return figures, int(cosines.argmin())
+
+
+def worst(differences: Iterable[Difference]) -> Difference:
+    """The worst of each figure."""
+    each = list(differences)
+    return Difference(
+        max(difference.max_error for difference in each),
+        min(difference.cosine for difference in each),
+        max((difference.norm_ratio for difference in each), key=lambda ratio: abs(ratio - 1)),
+    )
+
+
+def excess(difference: Difference, limit: Tolerance, *, is_vision: bool = False) -> list[str]:
+    """What is out of tolerance, one clause each.
+
+    Below fp32 the error of visual rows is not judged, as the largest value of a row that was chosen otherwise says
+    nothing; their cosine is.
+    """
+    cosine = limit.vision_cosine if is_vision else limit.cosine
+    judged = not is_vision or limit == TOLERANCES["fp32"] or not isfinite(difference.max_error)
+    found = []
+    if judged and not difference.max_error <= limit.max_error:
+        found.append(f"error {difference.max_error:.2g} above {limit.max_error:g}")
+    if not difference.cosine >= cosine:
+        found.append(f"cosine {difference.cosine:.6f} below {cosine:g}")
+    if not abs(difference.norm_ratio - 1) <= limit.norm_ratio:
+        found.append(f"norm ratio {difference.norm_ratio:.3f} further than {limit.norm_ratio:g} from 1")
+    return found
+
+
+def match_rows(got: Floats, reference: Floats, span: ImageSpan) -> Floats:
+    """Rows of `got` [V, D] in the order of `reference`: by the nearest row, within retained and within skipped.
+
+    Both groups come out of a sort; where two keys are as good as equal, rounding decides their order.
+    """
+    matched: Floats = got.copy()
+    kinds = np.array(span.kinds)
+    for kind in (RETAINED, SKIPPED):
+        group = np.flatnonzero(kinds == kind)
+        if len(group):
+            distances = np.linalg.norm(reference[group, None] - got[None, group].astype(np.float32), axis=-1)
+            matched[group] = got[group[distances.argmin(axis=1)]]
+    return matched
+
+
+def drawn_cards() -> list[Image.Image]:
+    """Pictures for where there are none: coloured stripes, a disc, noise."""
+    y, x = np.mgrid[0:96, 0:128] / 96
+    disc = (x - 0.6) ** 2 + (y - 0.5) ** 2 < 0.1
+    noise = np.random.default_rng(0).random((96, 128, 3))
+    cards: list[Floats] = [
+        np.stack([x * 12 % 1, y, 1 - x / 2], axis=-1),
+        np.where(disc[..., None], [0.9, 0.1, 0.1], [0.2, 0.4, 0.8]),
+        noise * np.stack([x / 2, y, disc], axis=-1),
+    ]
+    return [Image.fromarray((255 * card.clip(0, 1)).astype(np.uint8)) for card in cards]

@@ -1,0 +1,73 @@
+"""The PyTorch model of a bundle: its weights under their checkpoint names again, dequantised and turned back.
+
+What is rounded in the bundle stays rounded, so whoever is held against this model answers for its own errors only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from skipvision.checkpoint import load_checkpoint
+from skipvision.model import SkipVisionModel
+from svcli_export.manifest import BundleError, Manifest
+from svcli_export.quantize import ROPE_COS, ROPE_SIN, SCALE, TRANSPOSED, num_blocks_read
+from svcli_export.weights import WEIGHTS_FILE
+
+_EMBEDDING, _HEAD = "decoder.embed.weight", "decoder.head.weight"
+
+
+def restore_model(bundle: Path, manifest: Manifest) -> SkipVisionModel:
+    """The model in fp32, in eval mode, on the CPU. Layers of the encoder that nothing reads are not in a bundle: 0.
+
+    Raises BundleError where the weights are unreadable or not those of the manifest's model.
+    """
+    path, config = bundle / WEIGHTS_FILE, manifest.config
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: unreadable ({error}); re-export it with `svcli export`") from None
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in stored.items():
+        if name in (ROPE_COS, ROPE_SIN) or name.endswith(SCALE):
+            continue
+        scale = stored.get(name + SCALE)
+        whole = value.astype(np.float32) if scale is None else value.astype(np.float32) * scale  # [in, out] * [out]
+        plain = whole.T if name.endswith(TRANSPOSED) else whole
+        tensors[name.removesuffix(TRANSPOSED)] = torch.from_numpy(np.ascontiguousarray(plain))
+    model = SkipVisionModel(config)
+    unread = tuple(f"vision.blocks.{layer}." for layer in range(num_blocks_read(config), config.vision.num_layers))
+    for name, parameter in model.state_dict().items():
+        if name.startswith(unread):
+            tensors[name] = torch.zeros_like(parameter)
+    if config.text.tie_embeddings and _EMBEDDING in tensors:
+        tensors[_HEAD] = tensors[_EMBEDDING]
+    return _filled(model, tensors, f"{bundle}: its weights do not fit its manifest")
+
+
+def original_model(checkpoint: Path, manifest: Manifest) -> SkipVisionModel:
+    """The checkpoint's model with the skip setting of the bundle, in fp32, in eval mode, on the CPU.
+
+    Raises CheckpointError, or BundleError for a checkpoint of another model.
+    """
+    model, config = load_checkpoint(checkpoint), manifest.config
+    another = f"{checkpoint}: not the model that the bundle was exported from"
+    if replace(model.config, skip=config.skip) != config:
+        raise BundleError(f"{another}; name the checkpoint that was, or leave --checkpoint out")
+    wanted = SkipVisionModel(config)
+    names = wanted.state_dict().keys()
+    return _filled(wanted, {name: tensor for name, tensor in model.state_dict().items() if name in names}, another)
+
+
+def _filled(model: SkipVisionModel, tensors: dict[str, torch.Tensor], problem: str) -> SkipVisionModel:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise BundleError(f"{problem} ({first}); re-export it with `svcli export`") from None
+    return model.eval()

@@ -1,0 +1,84 @@
+"""A bundle's weights become the model that they came from, but for what was rounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from skipvision.checkpoint import load_checkpoint
+from skipvision.config import SkipConfig
+from svcli_export.bundle import export_bundle
+from svcli_export.contract import Precision
+from svcli_export.manifest import BundleError, load_manifest
+from svcli_export.restore import original_model, restore_model
+from tests.export.tiny import SKIP_SETTINGS, tiny_checkpoint
+
+
+def exported(folder: Path, precision: Precision, skip: SkipConfig | None, *, tied: bool = True) -> tuple[Path, Path]:
+    checkpoint = tiny_checkpoint(folder / "checkpoint", skip, tied=tied)
+    export_bundle(checkpoint, folder / "bundle", precision=precision, max_context=96)
+    return checkpoint, folder / "bundle"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("skip", ["skip", "uniform", "plain"])
+def test_fp32_comes_back_bit_by_bit(tmp_path: Path, skip: str, tied: bool) -> None:
+    checkpoint, bundle = exported(tmp_path, "fp32", SKIP_SETTINGS[skip], tied=tied)
+    manifest = load_manifest(bundle)
+    restored, original = restore_model(bundle, manifest), load_checkpoint(checkpoint)
+    assert restored.config == original.config
+    assert not restored.training
+    found, wanted = restored.state_dict(), original.state_dict()
+    assert found.keys() == wanted.keys()
+    unread = {name for name in wanted if name.startswith("vision.blocks.2.")}  # behind the last layer that is read
+    assert unread
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], torch.zeros_like(tensor) if name in unread else tensor, rtol=0, atol=0)
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(restored.encode_images(pixels), original.encode_images(pixels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 2**-11), ("int8", 0.5 / 127)])
+def test_rounded_weights_are_off_by_half_a_step_at_most(tmp_path: Path, precision: Precision, share: float) -> None:
+    """Of the largest weight of an output channel (int8), which is more than half a step of fp16."""
+    checkpoint, bundle = exported(tmp_path, precision, SKIP_SETTINGS["skip"])
+    found = restore_model(bundle, load_manifest(bundle)).state_dict()
+    for name, tensor in load_checkpoint(checkpoint).state_dict().items():
+        if not name.startswith("vision.blocks.2."):
+            largest = tensor.abs().amax(-1, keepdim=True) if tensor.dim() > 1 else tensor.abs().max()
+            assert ((found[name] - tensor).abs() <= 1.001 * share * largest).all(), name
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    _, bundle = exported(tmp_path, "fp32", SKIP_SETTINGS["skip"])
+    manifest, path = load_manifest(bundle), bundle / "weights.safetensors"
+    tensors = load_file(path)
+    del tensors["summary.score.bias"]
+    save_file(tensors, path)
+    with pytest.raises(BundleError, match=r"do not fit its manifest \(Missing key.*re-export"):
+        restore_model(bundle, manifest)
+    path.write_bytes(b"cut")
+    with pytest.raises(BundleError, match="unreadable"):
+        restore_model(bundle, manifest)
+
+
+def test_a_checkpoint_takes_the_skip_setting_of_the_bundle(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint")
+    for name, skip in (("other", SkipConfig(2, 3)), ("off", "off")):
+        export_bundle(checkpoint, tmp_path / name, precision="fp32", max_context=96, skip=skip)  # type: ignore[arg-type]
+        manifest = load_manifest(tmp_path / name)
+        assert original_model(checkpoint, manifest).config == manifest.config
+
+
+def test_another_model_is_no_original(tmp_path: Path) -> None:
+    _, bundle = exported(tmp_path, "fp32", SKIP_SETTINGS["skip"])
+    untied = tiny_checkpoint(tmp_path / "untied", SKIP_SETTINGS["skip"], tied=False)
+    with pytest.raises(BundleError, match="not the model that the bundle was exported from"):
+        original_model(untied, load_manifest(bundle))
+    plain = tiny_checkpoint(tmp_path / "plain", None)
+    with pytest.raises(BundleError, match=r"not the model .*summary"):
+        original_model(plain, load_manifest(bundle))
