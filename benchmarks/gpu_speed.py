@@ -115,11 +115,7 @@ def variants(text: TextConfig, vision: VisionConfig, setting: Setting, device: s
     )
     with torch.device(device):
         skipped = SkipVisionModel(config).to(torch.bfloat16)
-    with torch.device("meta"):
-        dense = SkipVisionModel(replace(config, skip=None))
-    wanted = dense.state_dict().keys()
-    dense.load_state_dict({name: each for name, each in skipped.state_dict().items() if name in wanted}, assign=True)
-    models = {"dense": dense, "skipped": skipped}
+    models = {"dense": skipped.with_skip(None), "skipped": skipped}
     return {name: Variant(model.eval(), _layout(model.config, setting)) for name, model in models.items()}
 
 

@@ -13,7 +13,7 @@ import argparse
 import gc
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ from benchmarks.measuring import RESULTS, available_cores, compared, surrounding
 from benchmarks.processes import measure_chat, measure_help
 from skipvision.checkpoint import load_checkpoint, save_checkpoint
 from skipvision.cost import Cost, prompt_cost
-from skipvision.model import SkipVisionModel
 from svcli_engines.base import Engine, Pixels
 from svcli_engines.images import open_image
 from svcli_engines.onnx_engine import OnnxEngine
@@ -69,9 +68,7 @@ def export_variants(options: argparse.Namespace) -> dict[str, Variant]:
     skipped = load_checkpoint(options.checkpoint)
     if skipped.config.skip is None:
         raise SystemExit(f"{options.checkpoint} does not skip: there is nothing to compare")
-    dense = SkipVisionModel(replace(skipped.config, skip=None))
-    wanted = dense.state_dict().keys()
-    dense.load_state_dict({name: tensor for name, tensor in skipped.state_dict().items() if name in wanted})
+    dense = skipped.with_skip(None)
     tokenizer, template = (
         (options.checkpoint / name).read_text(encoding="utf-8") for name in ("tokenizer.json", "chat_template.jinja")
     )

@@ -6,11 +6,12 @@ Shapes: B sequences, T ids (one placeholder per image), I images, V visual rows 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from skipvision.config import ModelConfig
+from skipvision.config import ModelConfig, SkipConfig
 from skipvision.decoder import Decoder, KVCache
 from skipvision.layout import BatchLayout, ImageSpan
 from skipvision.merge import merge_tokens
@@ -37,6 +38,19 @@ class SkipVisionModel(nn.Module):
         self.projector = Projector(config)
         self.summary = SummaryPool(config.text.hidden_size) if config.skip is not None else None
         self.decoder = Decoder(config.text)
+
+    def with_skip(self, skip: SkipConfig | None) -> SkipVisionModel:
+        """The model with another skip setting, on the same weights in memory; a plain one leaves the summary layer out.
+
+        Raises RuntimeError where a plain model is to skip.
+        """
+        with torch.device("meta"):
+            other = SkipVisionModel(replace(self.config, skip=skip))
+        names = other.state_dict().keys()
+        other.load_state_dict({name: each for name, each in self.state_dict().items() if name in names}, assign=True)
+        if self.config.text.tie_embeddings:
+            other.decoder.head.weight = other.decoder.embed.weight
+        return other.train(self.training)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[I, 3, H, W] to visual rows [I, V, D] in attention order: retained, summary, skipped, summary."""

@@ -73,7 +73,7 @@ def check_options(bundle: Path, manifest: Manifest, options: Options, targets: S
 
 def find_gpu() -> LocalGpu:
     """What the driver says, asked in a process of its own."""
-    found = environment._cuda()
+    found = environment.find_cuda()
     capability = found.gpus[0].compute_capability if found.gpus and found.problem is None else None
     major, _, minor = (found.cuda or "").partition(".")
     return LocalGpu(

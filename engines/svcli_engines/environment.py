@@ -176,7 +176,7 @@ def look(model: Path, places: Mapping[str, Path]) -> Environment:
     installed = {package.name for package in packages if package.version is not None}
     with ThreadPoolExecutor() as pool:  # each waits for a process of its own
         runtime = pool.submit(_onnxruntime, bool(installed & {"onnxruntime", "onnxruntime-gpu"}))
-        cuda = pool.submit(_cuda)
+        cuda = pool.submit(find_cuda)
         flavours = [pool.submit(_tensorrt, name, name in installed) for name in ("tensorrt", "tensorrt-rtx")]
         plugins = pool.submit(_plugins)
         checked = _model(model)
@@ -230,7 +230,7 @@ def _imported(module: str, expression: str) -> tuple[Any, str | None]:
         return None, "its import printed what could not be read"
 
 
-def _cuda() -> Cuda:
+def find_cuda() -> Cuda:
     """nvidia-smi names the GPUs where it is on the PATH; libcuda, which programs use, has the last word on the rest."""
     output, problem = _ask([*_PYTHON, __file__])
     if problem is None:
@@ -345,7 +345,7 @@ def _ask(command: Sequence[str]) -> tuple[str, str | None]:
 
 
 def _tell() -> None:
-    """Writes what libcuda says to stdout, for `_cuda`."""
+    """Writes what libcuda says to stdout, for `find_cuda`."""
     try:
         found = read_libcuda(ctypes.CDLL(_LIBCUDA))
     except (OSError, AttributeError) as error:

@@ -24,7 +24,7 @@ from svcli_engines.plugins.compile import CompilerMissing, DriverTooOld, TargetE
 from svcli_engines.plugins.compile import target_for as plugin_target
 from svcli_engines.plugins.nvrtc import CompileError
 from svcli_engines.plugins.registration import PluginError, register_plugins
-from svcli_engines.tensorrt_runtime import _module
+from svcli_engines.tensorrt_runtime import import_backend
 
 _SECONDS_BETWEEN = 0.2
 """Progress is told no more often."""
@@ -127,7 +127,7 @@ def _done(task: Task, channel: Channel) -> Answer:
 
 def _tools(task: Task) -> Tools:
     """Raises one of the errors above where something is missing."""
-    module = _module(task.backend)
+    module = import_backend(task.backend)
     _polygraphy()
     version = str(module.__version__)
     if task.backend == "tensorrt-rtx":
@@ -139,7 +139,7 @@ def _tools(task: Task) -> Tools:
 
 def _build(task: Task, job: Job, channel: Channel) -> Built:
     start = perf_counter()
-    module, loaders = _module(task.backend), _polygraphy()
+    module, loaders = import_backend(task.backend), _polygraphy()
     if job.num_plugins:
         _check_compiler(task)
         register_plugins(plugin_target(*_capability(job.target)))

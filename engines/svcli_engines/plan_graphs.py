@@ -23,7 +23,7 @@ from svcli_export.contract import CUSTOM_DOMAIN, Contract, GraphName
 from svcli_export.manifest import Manifest
 
 if TYPE_CHECKING:
-    from svcli_export.decoder_graphs import _DecoderGraph
+    from svcli_export.decoder_graphs import DecoderGraph
 
 PLAN_OPSET = 24
 """The first that has TensorScatter."""
@@ -98,15 +98,15 @@ def shared_graph(bundle: Path, manifest: Manifest) -> ModelProto:
     Rows attend to the cache and to the skipped rows beside it; kept rows are in the cache when they are read. Shapes as
     in svcli_export/decoder_graphs.py: K kept and S skipped rows now, w rows in the cache before them.
     """
-    from svcli_export.decoder_graphs import _DecoderGraph, _prompt
+    from svcli_export.decoder_graphs import DecoderGraph, prompt_rows
     from svcli_export.weights import WEIGHTS_FILE, WeightFile
 
     config, contract = manifest.config, manifest.contract
     spec = phase_spec(contract, "shared", "prefill")
     vision, _, decode = contract.graphs
     shared: Contract = contract.model_copy(update={"graphs": (vision, spec, decode)})
-    g = _DecoderGraph("prefill", config, shared, WeightFile(bundle / WEIGHTS_FILE))
-    hidden = _prompt(g)
+    g = DecoderGraph("prefill", config, shared, WeightFile(bundle / WEIGHTS_FILE))
+    hidden = prompt_rows(g)
     skipping = "kept_index" in spec.input_names
     num_kept = g.op("Shape", "kept_index" if skipping else "position_ids", name="num_kept", start=1, end=2)
     last = g.op("Sub", num_kept, g.ints(1), name="last_kept"), num_kept
@@ -143,12 +143,12 @@ def shared_graph(bundle: Path, manifest: Manifest) -> ModelProto:
     return g.logits(hidden)
 
 
-def _skipped(g: _DecoderGraph, flat: str, num_kept: str) -> str:
+def _skipped(g: DecoderGraph, flat: str, num_kept: str) -> str:
     """[1, G, S, d] of [1, L, G*d]."""
     return g.heads(g.rows(flat, num_kept, name="skipped_rows"), g.text.num_kv_heads, "skipped_heads")
 
 
-def _mask(g: _DecoderGraph, query_positions: str, num_kept: str, skipping: bool) -> str:
+def _mask(g: DecoderGraph, query_positions: str, num_kept: str, skipping: bool) -> str:
     """[1, 1, n, C + S] bool.
 
     Kept rows are in ascending order and never hidden, so a row sees of the cache all that was there, and as many of

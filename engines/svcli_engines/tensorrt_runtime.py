@@ -41,7 +41,7 @@ class TensorRT:
 
     def __init__(self, backend: Backend, cuda: Cuda, module: Any = None) -> None:
         """`module`: instead of the one that is installed. Raises EngineError where none is."""
-        self._module = _module(backend) if module is None else module
+        self._module = import_backend(backend) if module is None else module
         self.version = str(self._module.__version__)
         self.cuda = cuda
         self._errors: list[str] = []
@@ -228,7 +228,7 @@ def num_bytes(shape: Shape, dtype: str) -> int:
     return math.prod(shape) * STORAGE[dtype].itemsize
 
 
-def _module(backend: Backend) -> Any:
+def import_backend(backend: Backend) -> Any:
     try:
         return importlib.import_module(_MODULES[backend])
     except (ImportError, OSError) as error:  # OSError: bindings without their libraries

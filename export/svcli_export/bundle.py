@@ -6,7 +6,6 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -119,15 +118,11 @@ def _with_skip(model: SkipVisionModel, skip: SkipConfig | Literal["off"] | None)
         raise ExportError("skip.selector random draws anew at each call; export with cls_attention or uniform")
     if override == model.config.skip:
         return model
-    config = replace(model.config, skip=override)
     if override is not None and model.config.skip is None:
         raise ExportError(
             "this checkpoint is a plain model and has no summary layer, so it cannot skip; train it with skipping"
         )
-    other = SkipVisionModel(config)
-    wanted = other.state_dict().keys()
-    other.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
-    return other.eval()
+    return model.with_skip(override)
 
 
 def _checked_manifest(

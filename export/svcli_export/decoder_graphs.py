@@ -17,7 +17,7 @@ from svcli_export.weights import WeightFile
 _EMBEDDING = "decoder.embed.weight"
 
 
-class _DecoderGraph(GraphBuilder):
+class DecoderGraph(GraphBuilder):
     """What prefill and decode share."""
 
     def __init__(self, name: GraphName, config: ModelConfig, contract: Contract, weights: WeightFile) -> None:
@@ -118,8 +118,8 @@ def prefill_graph(config: ModelConfig, contract: Contract, weights: WeightFile) 
     Rows are in memory order, kept rows first, so the FFN stream is a slice. In the last layer only the last kept row
     is asked for, and only it is computed beyond K and V.
     """
-    g = _DecoderGraph("prefill", config, contract, weights)
-    hidden = _prompt(g)
+    g = DecoderGraph("prefill", config, contract, weights)
+    hidden = prompt_rows(g)
     skipping = "kept_index" in g.spec.input_names
     num_kept = g.op("Shape", "kept_index" if skipping else "position_ids", name="num_kept", start=1, end=2)
     last = g.op("Sub", num_kept, g.ints(1), name="last_kept"), num_kept
@@ -150,7 +150,7 @@ def prefill_graph(config: ModelConfig, contract: Contract, weights: WeightFile) 
     return g.logits(hidden)
 
 
-def _prompt(g: _DecoderGraph) -> str:
+def prompt_rows(g: DecoderGraph) -> str:
     """[1, L, D] in memory order: `source` picks from the text embeddings and the visual rows behind them."""
     with g.scope("prompt"):
         visual = g.op("Reshape", "visual", g.ints(1, -1, g.text.hidden_size), name="visual_rows")
@@ -158,7 +158,7 @@ def _prompt(g: _DecoderGraph) -> str:
         return g.op("TokenGather", table, "source", name="hidden")
 
 
-def _mask(g: _DecoderGraph, query_positions: str, name: str) -> str:
+def _mask(g: DecoderGraph, query_positions: str, name: str) -> str:
     """[1, 1, n, L] bool: key position <= query position <= how long the key is visible."""
     query = g.op("Unsqueeze", query_positions, g.ints(1, 3), name=f"{name}.query")
     key = g.op("Unsqueeze", "position_ids", g.ints(1, 2), name=f"{name}.key")
@@ -169,7 +169,7 @@ def _mask(g: _DecoderGraph, query_positions: str, name: str) -> str:
 
 def decode_graph(config: ModelConfig, contract: Contract, weights: WeightFile) -> onnx.ModelProto:
     """n new ids behind the cache. Each attends to the buffers up to itself."""
-    g = _DecoderGraph("decode", config, contract, weights)
+    g = DecoderGraph("decode", config, contract, weights)
     hidden = g.embed()
     width = g.text.num_heads * g.text.head_dim
     num_new = g.op("Shape", "input_ids", name="num_new", start=1, end=2)

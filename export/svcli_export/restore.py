@@ -57,11 +57,12 @@ def original_model(checkpoint: Path, manifest: Manifest) -> SkipVisionModel:
     """
     model, config = load_checkpoint(checkpoint), manifest.config
     another = f"{checkpoint}: not the model that the bundle was exported from"
+    remedy = "name the checkpoint that was, or leave --checkpoint out"
     if replace(model.config, skip=config.skip) != config:
-        raise BundleError(f"{another}; name the checkpoint that was, or leave --checkpoint out")
-    wanted = SkipVisionModel(config)
-    names = wanted.state_dict().keys()
-    return _filled(wanted, {name: tensor for name, tensor in model.state_dict().items() if name in names}, another)
+        raise BundleError(f"{another}; {remedy}")
+    if model.config.skip is None and config.skip is not None:
+        raise BundleError(f"{another} (it is a plain model, without a summary layer); {remedy}")
+    return model.with_skip(config.skip)
 
 
 def _filled(model: SkipVisionModel, tensors: dict[str, torch.Tensor], problem: str) -> SkipVisionModel:

@@ -373,7 +373,7 @@ def test_no_gpu_where_one_is_needed_is_something_lacking(bundle: Path, options: 
     ],
 )
 def test_the_gpu_is_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, found: Cuda, expected: LocalGpu) -> None:
-    monkeypatch.setattr(environment, "_cuda", lambda: found)
+    monkeypatch.setattr(environment, "find_cuda", lambda: found)
     assert find_gpu() == expected
 
 

@@ -212,7 +212,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     registered: list[str] = []
     monkeypatch.setattr(plan_builder, "import_module", lambda _name: fake_builder)
     monkeypatch.setattr(
-        plan_builder, "_module", lambda _backend: SimpleNamespace(**vars(fake_builder), __version__="11.4")
+        plan_builder, "import_backend", lambda _backend: SimpleNamespace(**vars(fake_builder), __version__="11.4")
     )
     monkeypatch.setattr(plan_builder, "register_plugins", registered.append)
     monkeypatch.setattr(plan_builder, "find_compiler", lambda: SimpleNamespace(name="nvrtc", version="13.0"))

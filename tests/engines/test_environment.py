@@ -259,7 +259,7 @@ def test_an_nvidia_smi_that_does_not_answer_is_a_fact(
                 return answers(command)
 
         monkeypatch.setattr(environment, "_ask", hurried)
-        found = environment._cuda()
+        found = environment.find_cuda()
     else:
         found = look(exported.bundle, PLACES).cuda
     assert found.problem is not None

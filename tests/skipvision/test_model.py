@@ -199,3 +199,22 @@ def test_a_new_cache_shares_no_memory() -> None:
     cache = tiny_model().new_cache(2, 5)
     cache.lengths += 1
     assert cache.next_positions.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_another_skip_setting_is_the_same_weights_in_the_same_memory(tied: bool) -> None:
+    model = tiny_model(tiny_config(tied=tied))
+    for skip in (SkipConfig(3, 2), None):
+        other, own = model.with_skip(skip), model.state_dict()
+        assert other.config.skip == skip
+        assert not other.training
+        found = other.state_dict()
+        assert found.keys() == SkipVisionModel(other.config).state_dict().keys()
+        assert all(found[name].data_ptr() == own[name].data_ptr() for name in found)
+        assert len(list(other.decoder.parameters())) == len(list(model.decoder.parameters()))
+        assert_agrees_with_reference(other, batch_of(other, [PROMPTS["image-between"]]))
+
+
+def test_a_plain_model_cannot_be_made_to_skip() -> None:
+    with pytest.raises(RuntimeError, match="summary"):
+        tiny_model(tiny_config(None)).with_skip(SkipConfig(3, 2))

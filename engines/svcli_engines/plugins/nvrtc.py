@@ -25,7 +25,7 @@ class Nvrtc:
     """A loaded library."""
 
     path: str
-    library: ctypes.CDLL
+    functions: ctypes.CDLL
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Nvrtc:
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
         try:
-            status = self.library.nvrtcCompileProgram(
+            status = self.functions.nvrtcCompileProgram(
                 program, ctypes.c_int(len(encoded)), (ctypes.c_char_p * len(encoded))(*encoded)
             )
             log = self._text("nvrtcGetProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
@@ -69,13 +69,13 @@ class Nvrtc:
         return buffer.raw
 
     def _call(self, function: str, *arguments: object) -> None:
-        status = getattr(self.library, function)(*arguments)
+        status = getattr(self.functions, function)(*arguments)
         if status != _SUCCESS:
             raise CompileError(f"{function} failed: {self._reason(status)}")
 
     def _reason(self, status: int) -> str:
-        describe: Callable[[int], bytes] = self.library.nvrtcGetErrorString
-        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        describe: Callable[[int], bytes] = self.functions.nvrtcGetErrorString
+        self.functions.nvrtcGetErrorString.restype = ctypes.c_char_p
         return describe(status).decode()
 
 
