@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,13 +53,12 @@ def check_options(bundle: Path, manifest: Manifest, options: Options, targets: S
     contract = manifest.contract
     if contract.precision != "fp16":
         raise BuildOptionError(
-            f"{bundle} is in {contract.precision}, and TensorRT takes fp16: `svcli export CHECKPOINT -o BUNDLE"
-            f" --precision fp16 --max-context {contract.max_context} --max-images {contract.max_images}`"
+            f"{bundle} is in {contract.precision}, and TensorRT takes fp16; write it as such: {_export(bundle, 'fp16')}"
         )
     if options.max_context is not None and options.max_context > contract.max_context:
         raise BuildOptionError(
-            f"--max-context {options.max_context} is more than the {contract.max_context} that are baked into {bundle}:"
-            f" `svcli export CHECKPOINT -o BUNDLE --precision fp16 --max-context {options.max_context}`"
+            f"--max-context {options.max_context} is more than the {contract.max_context} that are baked into {bundle};"
+            f" write it anew: {_export(bundle, 'long', f'--max-context {options.max_context}')}"
         )
     for target in targets:
         if not _TARGET.fullmatch(target):
@@ -128,3 +128,9 @@ def check_room(bundle: Path, weight_bytes: Sequence[int]) -> None:
             f"the plans take about {needed >> 20} MiB and the disk of {bundle} has {free >> 20} MiB left; free some"
             " room, or copy the bundle to a larger disk"
         )
+
+
+def _export(bundle: Path, suffix: str, *options: str) -> str:
+    """The command that writes the same bundle in fp16, into the working directory."""
+    target = shlex.quote(f"{bundle.resolve().name}-{suffix}")
+    return f"`{' '.join(['svcli export', shlex.quote(str(bundle)), '-o', target, '--precision fp16', *options])}`"

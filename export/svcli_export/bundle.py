@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: graphs, weights and manifest, checked against PyTorch and put in place in one move."""
+"""A model becomes a bundle: graphs, weights and manifest, checked against PyTorch and put in place in one move."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,6 @@ import onnx
 from PIL import Image
 
 import skipvision
-from skipvision.checkpoint import load_checkpoint
 from skipvision.config import ModelConfig, SkipConfig
 from skipvision.folders import write_directory
 from skipvision.layout import TokenLayout
@@ -38,12 +38,16 @@ from svcli_export.manifest import (
 )
 from svcli_export.pixels import to_pixels
 from svcli_export.quantize import stored_tensors
+from svcli_export.source import read_source
 from svcli_export.verify import verify, violations
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import WEIGHTS_FILE, WeightFile
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the export that is done before it."""
+
+Skip = SkipConfig | tuple[int, int] | Literal["off"]
+"""A skip setting: whole, retained and skipped tokens alone with all else as it was trained, or the plain model."""
 
 _GRAPHS = (vision_graph, prefill_graph, decode_graph)
 
@@ -53,40 +57,44 @@ class ExportError(ValueError):
 
 
 def export_bundle(
-    checkpoint: Path,
+    source: Path,
     output: Path,
     *,
     precision: Precision = "int8",
-    max_context: int = 1024,
-    max_images: int = 2,
-    skip: SkipConfig | Literal["off"] | None = None,
+    max_context: int | None = None,
+    max_images: int | None = None,
+    skip: Skip | None = None,
     pictures: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress = lambda _what, _share: None,
 ) -> Manifest:
     """Writes the bundle `output` and returns its manifest.
 
-    `skip` overrides the checkpoint's setting ("off": the plain model). `pictures` are what the check looks at; test
-    cards are drawn where there are none. An interrupted or refused export leaves an older bundle as it was.
+    `source` is a checkpoint or another bundle, whose rounding stays; limits that are None are the source's. `skip`
+    overrides the source's setting. `pictures` are what the check looks at; test cards are drawn where there are none.
+    An interrupted or refused export leaves an older bundle as it was.
 
-    Raises ExportError, or what the parts raise: CheckpointError, ConfigError, ContractError (all ValueError).
+    Raises ExportError, or what the parts raise: CheckpointError, BundleError, SourceError, ConfigError, ContractError
+    (all ValueError).
     """
     if output.exists() and not output.is_dir():
         raise ExportError(f"{output} is a file; choose another folder")
     if output.exists() and not overwrite:
-        raise ExportError(f"{output} exists; allow overwriting it, or choose another folder")
+        raise ExportError(f"{output} exists; allow overwriting it (--overwrite), or choose another folder")
     if output.exists() and not (output / MANIFEST_FILE).is_file() and any(output.iterdir()):
         raise ExportError(f"{output} is not empty and holds no bundle; choose another folder")
-    progress("reading the checkpoint", 0.0)
-    model = _with_skip(load_checkpoint(checkpoint), skip)
-    contract = build_contract(model.config, max_context, max_images, precision)
-    tokenizer, template = (_read(checkpoint / name) for name in (TOKENIZER_FILE, "chat_template.jinja"))
+    progress("reading the model", 0.0)
+    origin = read_source(source)
+    model = _with_skip(origin.model, skip)
+    origin.check(model.config)
+    context = origin.max_context if max_context is None else max_context
+    contract = build_contract(model.config, context, origin.max_images if max_images is None else max_images, precision)
     images = _check_pictures(pictures)
     written: list[Manifest] = []
 
     def write(folder: Path) -> None:
         progress("writing weights and graphs", 0.1)
-        (folder / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(origin.tokenizer, encoding="utf-8")
         weights = WeightFile.write(stored_tensors(model, contract), folder / WEIGHTS_FILE)
         ops: dict[GraphName, GraphOps] = {}
         for build, spec in zip(_GRAPHS, contract.graphs, strict=True):
@@ -94,7 +102,7 @@ def export_bundle(
             onnx.save(graph, folder / spec.file)
             ops[spec.name] = _count_ops(graph)
         progress("checking the graphs against PyTorch", 0.3)
-        manifest = _checked_manifest(model, contract, folder, template, images, ops)
+        manifest = _checked_manifest(model, contract, folder, origin.template, images, ops)
         (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         written.append(manifest)
 
@@ -103,26 +111,25 @@ def export_bundle(
     return written[0]
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-
-def _with_skip(model: SkipVisionModel, skip: SkipConfig | Literal["off"] | None) -> SkipVisionModel:
+def _with_skip(model: SkipVisionModel, skip: Skip | None) -> SkipVisionModel:
     """The model with another skip setting: the same weights, but for the summary layer that the plain model lacks."""
-    asked = None if skip == "off" else skip
-    override = model.config.skip if skip is None else asked
+    trained = model.config.skip
+    override = _setting(trained, skip)
     if override is not None and override.selector == "random":
         raise ExportError("skip.selector random draws anew at each call; export with cls_attention or uniform")
-    if override == model.config.skip:
+    if override == trained:
         return model
-    if override is not None and model.config.skip is None:
-        raise ExportError(
-            "this checkpoint is a plain model and has no summary layer, so it cannot skip; train it with skipping"
-        )
+    if override is not None and trained is None:
+        raise ExportError("this is a plain model and has no summary layer, so it cannot skip; train it with skipping")
     return model.with_skip(override)
+
+
+def _setting(trained: SkipConfig | None, asked: Skip | None) -> SkipConfig | None:
+    if isinstance(asked, tuple):
+        return replace(trained or SkipConfig(), num_retained=asked[0], num_skipped=asked[1])
+    if asked is None:
+        return trained
+    return None if asked == "off" else asked
 
 
 def _checked_manifest(

@@ -1,20 +1,16 @@
-"""`svcli export`: a checkpoint becomes a bundle."""
+"""`svcli export`: a checkpoint, or another bundle, becomes a bundle."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from svcli import ui
 from svcli.errors import UsageError
-
-if TYPE_CHECKING:
-    from skipvision.config import SkipConfig
 
 
 class Precision(str, Enum):
@@ -26,13 +22,23 @@ class Precision(str, Enum):
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder that `svcli train` wrote.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder that `svcli train` wrote, or another bundle.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Bundle folder to write.")],
     precision: Annotated[Precision, typer.Option(help="How weights are stored.")] = Precision.INT8,
     max_context: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Rows of one conversation, as the plain model counts them.")
-    ] = 1024,
-    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures of one conversation.")] = 2,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Rows of one conversation, as the plain model counts them; 1024, or the other bundle's, if left out.",
+        ),
+    ] = None,
+    max_images: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Pictures of one conversation; 2, or the other bundle's, if left out."),
+    ] = None,
     skip: Annotated[
         str | None,
         typer.Option(
@@ -46,16 +52,17 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is already there.")] = False,
 ) -> None:
-    """Write a checkpoint as a bundle for chat.
+    """Write a checkpoint, or another bundle, as a bundle for chat.
 
     Three ONNX graphs (vision, prefill, decode), one weight file and a manifest, checked against PyTorch at the end.
+    What another bundle has rounded stays rounded.
     """
+    setting = parse_skip(skip)
     from svcli_export.bundle import export_bundle
 
-    setting = parse_skip(skip, checkpoint)
     with ui.Progress() as progress:
         manifest = export_bundle(
-            checkpoint,
+            source,
             output,
             precision=precision.value,
             max_context=max_context,
@@ -72,16 +79,11 @@ def export(
     ui.show(str(output))
 
 
-def parse_skip(text: str | None, checkpoint: Path) -> SkipConfig | Literal["off"] | None:
-    """`64/64`, `off`, or None for what the checkpoint says; all else about skipping stays as it was trained."""
-    from skipvision.config import ModelConfig, SkipConfig
-
-    if text is None:
-        return None
-    if text == "off":
-        return "off"
+def parse_skip(text: str | None) -> tuple[int, int] | Literal["off"] | None:
+    """`64/64`, `off`, or None for what the source says."""
+    if text is None or text == "off":
+        return None if text is None else "off"
     counts = re.fullmatch(r"(\d+)/(\d+)", text)
     if counts is None:
         raise UsageError(f"--skip {text}: write RETAINED/SKIPPED, such as 64/64, or off")
-    trained = ModelConfig.from_json((checkpoint / "config.json").read_text(encoding="utf-8")).skip
-    return replace(trained or SkipConfig(), num_retained=int(counts[1]), num_skipped=int(counts[2]))
+    return int(counts[1]), int(counts[2])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -118,12 +119,7 @@ def test_several_targets_are_several_sets(workshop: Workshop, fp16: Path) -> Non
         ([], NOWHERE, 3, "TensorRT builds on the GPU that runs the plans"),
         (["--backend", "tensorrt-rtx"], NOWHERE, 3, "such as --target sm_89"),
         (["--target", "sm_80"], HERE, 2, "not for sm_80"),
-        (
-            [*RTX, "--max-context", "1000"],
-            NOWHERE,
-            2,
-            "svcli export CHECKPOINT -o BUNDLE --precision fp16 --max-context",
-        ),
+        ([*RTX, "--max-context", "1000"], NOWHERE, 2, "-long --precision fp16 --max-context 1000`"),
         ([*RTX, "--max-context", "20"], NOWHERE, 2, "no room for text"),
         ([*RTX, "--timing-cache", "x"], NOWHERE, 2, "leave it out"),
     ],
@@ -147,10 +143,15 @@ def test_wrong_usage_is_exit_code_2(fp16: Path, options: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("workshop")
-def test_int8_is_refused_with_the_export_that_gives_fp16(checkpoint: Path, tmp_path: Path) -> None:
-    export_bundle(checkpoint, tmp_path / "int8", precision="int8", max_context=96, max_images=2)
-    done = svcli("build-engine", tmp_path / "int8", *RTX, code=2)
-    assert "`svcli export CHECKPOINT -o BUNDLE --precision fp16 --max-context 96 --max-images 2`" in done.stderr
+def test_int8_is_refused_with_an_export_that_mends_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export_bundle(checkpoint, tmp_path / "in t8", precision="int8", max_context=96, max_images=2)
+    refusal = svcli("build-engine", "in t8", *RTX, code=2).stderr
+    _, *remedy = shlex.split(refusal.split("`")[1])
+    svcli(*remedy)
+    svcli("build-engine", "in t8-fp16", *RTX, "--max-context", "96")
 
 
 def test_no_bundle_is_one_sentence(tmp_path: Path) -> None:

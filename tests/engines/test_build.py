@@ -303,7 +303,7 @@ def test_a_smaller_context_bounds_prompts_and_leaves_the_cache(workshop: Worksho
 def test_a_larger_context_is_refused_with_the_export_that_has_it(workshop: Workshop, bundle: Path) -> None:
     sentence = refused(bundle, Options("tensorrt-rtx", max_context=97), "sm_89")
     assert "--max-context 97 is more than the 96 that are baked into" in sentence
-    assert "svcli export CHECKPOINT -o BUNDLE --precision fp16 --max-context 97" in sentence
+    assert "--precision fp16 --max-context 97`" in sentence
     assert workshop.taken() == []
 
 
@@ -320,7 +320,7 @@ def test_other_precisions_are_refused_with_the_export_that_gives_fp16(tmp_path: 
     exported = export_tiny(tmp_path, precision=precision)
     sentence = refused(exported.bundle, RTX, "sm_89")
     assert f"is in {precision}, and TensorRT takes fp16" in sentence
-    assert "`svcli export CHECKPOINT -o BUNDLE --precision fp16 --max-context 96 --max-images 2`" in sentence
+    assert f"`svcli export {exported.bundle} -o {exported.bundle.name}-fp16 --precision fp16`" in sentence
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Workshop:
     def build(self, task: Task, log: Path, progress: Progress) -> Built:
         job = task.job
         assert job is not None
-        assert job.graph.parent == log.parents[1], "the graph lies beside the weights"
+        assert job.graph.parent.samefile(log.parents[1]), "the graph lies beside the weights"
         onnx.load(str(job.graph))  # weights included
         self.jobs.append(job)
         with log.open("a") as file:

@@ -23,6 +23,7 @@ from svcli_export.contract import ContractError
 from svcli_export.inspection import inspect_bundle
 from svcli_export.manifest import BundleError, Manifest, load_manifest
 from svcli_export.quantize import stored_tensors
+from svcli_export.source import SourceError
 from svcli_export.vision_graph import vision_graph
 from tests.export.tiny import NUM_PATCHES, SKIP, tiny_checkpoint
 
@@ -122,7 +123,7 @@ def test_what_cannot_be_read_is_named(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja"):
         broken = Path(shutil.copytree(checkpoint, tmp_path / f"without-{name}"))
         (broken / name).unlink()
-        with pytest.raises(ExportError, match=f"{name}: cannot be read"):
+        with pytest.raises(SourceError, match=f"{name}: cannot be read"):
             export(broken, tmp_path / "out")
     (tmp_path / "letter.png").write_text("no picture")
     with pytest.raises(ExportError, match=r"letter\.png"):

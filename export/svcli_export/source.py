@@ -1,0 +1,63 @@
+"""What an export starts from: a checkpoint, or a bundle, whose weights are turned back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from skipvision.checkpoint import load_checkpoint
+from skipvision.config import ModelConfig
+from skipvision.model import SkipVisionModel
+from svcli_export.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, load_manifest
+from svcli_export.quantize import num_blocks_read
+from svcli_export.restore import restore_model
+
+
+class SourceError(ValueError):
+    """A source with a file that cannot be read, or without something that is asked of it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and how it is spoken to."""
+
+    model: SkipVisionModel
+    """In fp32, in eval mode, on the CPU."""
+    tokenizer: str
+    template: str
+    manifest: Manifest | None
+    """Of a bundle."""
+
+    @property
+    def max_context(self) -> int:
+        """Rows of one conversation where nothing else is asked for."""
+        return 1024 if self.manifest is None else self.manifest.contract.max_context
+
+    @property
+    def max_images(self) -> int:
+        """Pictures of one conversation, likewise."""
+        return 2 if self.manifest is None else self.manifest.contract.max_images
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises SourceError where this is a bundle that lacks layers of the encoder which `config` reads."""
+        if self.manifest is not None and num_blocks_read(config) > num_blocks_read(self.manifest.config):
+            raise SourceError(
+                "this bundle holds only those layers of the encoder that its own skip setting reads; export from its"
+                " checkpoint instead"
+            )
+
+
+def read_source(folder: Path) -> Source:
+    """Raises SourceError, or CheckpointError or BundleError for what is no checkpoint and no bundle."""
+    if not (folder / MANIFEST_FILE).is_file():
+        model = load_checkpoint(folder)
+        return Source(model, _read(folder / TOKENIZER_FILE), _read(folder / "chat_template.jinja"), None)
+    manifest = load_manifest(folder)
+    return Source(restore_model(folder, manifest), _read(folder / TOKENIZER_FILE), manifest.chat.template, manifest)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None

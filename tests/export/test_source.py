@@ -1,0 +1,92 @@
+"""A bundle is exported again as its checkpoint would be, but for what it has rounded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from skipvision.checkpoint import save_checkpoint
+from skipvision.config import SkipConfig
+from skipvision.model import SkipVisionModel
+from svcli_export.bundle import ExportError, export_bundle
+from svcli_export.manifest import BundleError
+from svcli_export.source import SourceError
+from tests.export.tiny import SKIP, tiny_checkpoint, tiny_config
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint")
+
+
+def made(source: Path, output: Path, precision: Any, **options: Any) -> Path:
+    export_bundle(source, output, precision=precision, **options)
+    return output
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    """All but the manifest, which names files' hashes and the outcome of the check."""
+    return {path.name: path.read_bytes() for path in bundle.iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("skip", [None, (2, 3), "off"], ids=["trained", "other", "off"])
+def test_of_a_whole_bundle_comes_what_comes_of_its_checkpoint(
+    checkpoint: Path, tmp_path: Path, precision: Any, skip: Any
+) -> None:
+    limits = {"max_context": 80, "max_images": 1}
+    whole = made(checkpoint, tmp_path / "whole", "fp32", **limits)
+    again = made(whole, tmp_path / "again", precision, skip=skip)
+    assert contents(again) == contents(made(checkpoint, tmp_path / "direct", precision, skip=skip, **limits))
+
+
+def test_what_was_rounded_stays_and_is_not_rounded_once_more(checkpoint: Path, tmp_path: Path) -> None:
+    rounded = made(checkpoint, tmp_path / "rounded", "int8", max_context=96)
+    again = made(rounded, tmp_path / "again", "int8")
+    first, second = (load_file(bundle / "weights.safetensors") for bundle in (rounded, again))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if name.endswith(".scale"):  # the largest weight divided by 127, which was a multiple of the scale
+            np.testing.assert_allclose(second[name], value, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(second[name], value)
+
+
+def test_limits_may_be_others_than_the_bundles(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = made(checkpoint, tmp_path / "bundle", "fp32", max_context=80, max_images=1)
+    contract = export_bundle(bundle, tmp_path / "longer", max_context=200, max_images=3).contract
+    assert (contract.max_context, contract.max_images) == (200, 3)
+
+
+def test_a_bundle_may_replace_itself(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = made(checkpoint, tmp_path / "bundle", "fp32", max_context=96)
+    direct = made(checkpoint, tmp_path / "direct", "fp16", max_context=96)
+    assert contents(made(bundle, bundle, "fp16", overwrite=True)) == contents(direct)
+
+
+def test_layers_that_a_bundle_has_not_are_not_made_up(tmp_path: Path) -> None:
+    """The encoder of a uniform selector ends earlier than that of one which reads the attention of a later layer."""
+    config = tiny_config(SkipConfig(4, 6, selector="uniform"))
+    deeper = replace(config, vision=replace(config.vision, select_layer=3))
+    tokens = tiny_checkpoint(tmp_path / "tokens")
+    texts = [(tokens / name).read_text(encoding="utf-8") for name in ("tokenizer.json", "chat_template.jinja")]
+    save_checkpoint(SkipVisionModel(deeper), tmp_path / "checkpoint", *texts)
+    bundle = made(tmp_path / "checkpoint", tmp_path / "bundle", "fp32", max_context=96)
+    with pytest.raises(SourceError, match="holds only those layers"):
+        export_bundle(bundle, tmp_path / "other", skip=SKIP)
+    assert not (tmp_path / "other").exists()
+    export_bundle(tmp_path / "checkpoint", tmp_path / "other", skip=SKIP)
+
+
+def test_a_plain_bundle_cannot_skip_and_a_damaged_one_is_not_read(checkpoint: Path, tmp_path: Path) -> None:
+    plain = made(checkpoint, tmp_path / "plain", "fp32", max_context=96, skip="off")
+    with pytest.raises(ExportError, match="no summary layer"):
+        export_bundle(plain, tmp_path / "other", skip=(4, 6))
+    (plain / "weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(BundleError, match=r"weights\.safetensors has 3 bytes"):
+        export_bundle(plain, tmp_path / "other")
