@@ -4,9 +4,9 @@
 
 Weights are random, in bf16: times depend on sizes alone. In every round the dense model, the skipped one and
 transformers' Llama run once, on the same weights; the first rounds do not count. Decoding is one token at the length of
-the prompt, ours as a captured CUDA graph, transformers' as `generate` runs it. A stage is also given as a multiple of
-its roofline: the longer of its FLOPs at the rate of a matrix product, and of its bytes at the rate of a copy, both
-measured in this run.
+the prompt, ours compiled and as a captured CUDA graph, transformers' as `generate` runs it. A stage is also given as a
+multiple of its roofline: the longer of its FLOPs at the rate of a matrix product, and of its bytes at the rate of a
+copy, both measured in this run.
 
 Needs torch with CUDA; without transformers its columns are left out, aloud. Exit code 3 where there is no CUDA device.
 """
@@ -33,6 +33,7 @@ from skipvision.cost import decode_flops, decoder_flops, encoder_flops, head_flo
 from skipvision.decoder import KVCache
 from skipvision.layout import BatchLayout, ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
+from svcli_engines.torch_engine import compile_step
 
 RESULT = RESULTS / "gpu_speed.json"
 Stage = Literal["vision", "prefill", "decode_token"]
@@ -234,6 +235,8 @@ class Bench:
     batch_size: int
     device: str
     clock: Clock
+    compiled: bool
+    """Whether our decode step goes through torch.compile."""
 
     def timers(self, stage: Stage) -> dict[str, Timer]:
         """One for each variant; transformers has no vision stage of its own here."""
@@ -260,7 +263,8 @@ class Bench:
         if stage == "prefill":
             return self.clock.eager(lambda: model.prefill(ids, visual, batch, batch.num_kept))
         _, cache = model.prefill(ids, visual, batch, batch.num_kept + 1)
-        return self.clock.captured(decode_step(model, cache, ids[:, :1]))
+        step = decode_step(model, cache, ids[:, :1])
+        return self.clock.captured(compile_step(step) if self.compiled else step)
 
     def _peer_timer(self, stage: Stage, peer: Peer) -> Timer:
         dense = self.variants["dense"]
@@ -305,10 +309,9 @@ def decode_step(model: SkipVisionModel, cache: KVCache, ids: Tensor) -> Callable
 
     def step() -> None:
         with torch.no_grad():
-            # `extend` replaces the lengths of the cache that it is given, and leaves these tensors alone.
-            grown = KVCache(cache.keys, cache.values, cache.lengths, cache.next_positions)
+            same_place = KVCache(cache.keys, cache.values, cache.lengths.clone(), cache.next_positions.clone())
             decoder = model.decoder
-            logits.copy_(decoder.logits(decoder.extend(decoder.embed(ids), grown))[:, -1])
+            logits.copy_(decoder.logits(decoder.extend(decoder.embed(ids), same_place))[:, -1])
 
     return step
 
@@ -351,7 +354,7 @@ def main() -> None:
         made = variants(TEXT[model], VISION, setting, device)
         peer = None if results["transformers"] is None else Peer(made["dense"].model, device)
         for batch_size in options.batches:
-            bench = Bench(made, peer, batch_size, device, clock)
+            bench = Bench(made, peer, batch_size, device, clock, compiled=True)
             cases.append(
                 {"model": model, "setting": name, "batch": batch_size} | measured(bench, options.rounds, limit)
             )

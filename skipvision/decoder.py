@@ -35,10 +35,11 @@ class KVCache:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts [B, G, n, d] behind each row's `lengths`; returns the whole buffers."""
-        slots = self.lengths[:, None] + torch.arange(key.shape[2], device=key.device)
-        index = slots[:, None, :, None].expand_as(key)
-        self.keys[layer].scatter_(2, index, key)
-        self.values[layer].scatter_(2, index, value)
+        sequences, heads, new = (torch.arange(size, device=key.device) for size in key.shape[:3])
+        # Not scatter_, which torch.compile turns into a copy of the whole cache.
+        index = sequences[:, None, None], heads[:, None], (self.lengths[:, None] + new)[:, None]
+        self.keys[layer][index] = key
+        self.values[layer][index] = value
         return self.keys[layer], self.values[layer]
 
 
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
         return hidden[:, :num_kept]
 
     def extend(self, hidden: Tensor, cache: KVCache) -> Tensor:
-        """Decode: n new rows [B, n, D] behind the cache. Returns them [B, n, D]; the cache grows by n."""
+        """Decode: n new rows [B, n, D] behind the cache. Returns them [B, n, D]; the cache grows by n, in place."""
         new = torch.arange(hidden.shape[1], device=hidden.device)
         rope = self.rope(cache.next_positions[:, None] + new)
         slots = torch.arange(cache.capacity, device=hidden.device)
@@ -165,6 +166,6 @@ class Decoder(nn.Module):
             keys, values = cache.write(number, key, value)
             hidden = hidden + layer.attention.attend(query, keys, values, mask)
             hidden = layer.feed_forward(hidden, hidden.shape[1])
-        cache.lengths = cache.lengths + hidden.shape[1]
-        cache.next_positions = cache.next_positions + hidden.shape[1]
+        cache.lengths += hidden.shape[1]
+        cache.next_positions += hidden.shape[1]
         return hidden

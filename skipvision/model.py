@@ -115,10 +115,9 @@ class SkipVisionModel(nn.Module):
             raise ValueError(f"{batch.num_kept} rows do not fit a KV cache of {capacity}")
         cache = self.new_cache(input_ids.shape[0], capacity)
         hidden = self._kept_rows(input_ids, visual, batch, cache)
-        kept = torch.from_numpy(batch.kept_lengths).to(input_ids.device)
-        cache.lengths = kept
-        cache.next_positions = torch.from_numpy(batch.next_positions).to(input_ids.device)
-        last = hidden[torch.arange(len(kept), device=kept.device), kept - 1]
+        cache.lengths.copy_(torch.from_numpy(batch.kept_lengths))
+        cache.next_positions.copy_(torch.from_numpy(batch.next_positions))
+        last = hidden[torch.arange(len(hidden), device=hidden.device), cache.lengths - 1]
         return self.decoder.logits(last), cache
 
     @torch.no_grad()

@@ -37,6 +37,11 @@ def abilities(found: Environment) -> tuple[Ability, ...]:
             _gpu(found) or _base(found) or _cuda_provider(found) or _model(found),
         ),
         Ability(
+            "chat-torch-cuda",
+            f"svcli chat --engine torch-cuda {picture}",
+            _gpu(found) or _base(found) or _torch_cuda(found) or _model(found),
+        ),
+        Ability(
             "chat-tensorrt",
             f"svcli chat --engine tensorrt {picture}",
             _gpu(found) or _base(found) or _tensorrt(found, full, "cuda-bindings"),
@@ -109,6 +114,16 @@ def _cuda_provider(found: Environment) -> str | None:
     if found.version("onnxruntime"):  # beside the other one or not, it is in the way
         return _one_runtime("gpu")
     return _reinstall("onnxruntime-gpu") if found.version("onnxruntime-gpu") else _pip("svcli[gpu]")
+
+
+def _torch_cuda(found: Environment) -> str | None:
+    if missing := _extra(found, "torch", "torch", "safetensors"):
+        return missing
+    if found.torch.cuda is None:
+        return (
+            "pip install --force-reinstall torch  # from an index with builds for CUDA; this one is for the CPU alone"
+        )
+    return None
 
 
 def _one_runtime(extra: str) -> str:

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,14 @@ class OnnxRuntime:
     version: str | None = None
     providers: tuple[str, ...] = ()
     problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What PyTorch was built for."""
+
+    cuda: str | None = None
+    """Such as `13.0`; None where it is built for the CPU alone, or not installed."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,7 @@ class Environment:
     machine: Machine
     packages: tuple[Package, ...]
     onnxruntime: OnnxRuntime
+    torch: Torch
     cuda: Cuda
     tensorrt: tuple[TensorRT, ...]
     plugins: Plugins
@@ -186,6 +197,7 @@ def look(model: Path, places: Mapping[str, Path]) -> Environment:
         machine=_machine(),
         packages=packages,
         onnxruntime=runtime.result(),
+        torch=_torch(),
         cuda=cuda.result(),
         tensorrt=tuple(flavour.result() for flavour in flavours),
         plugins=plugins.result(),
@@ -207,6 +219,17 @@ def _onnxruntime(installed: bool) -> OnnxRuntime:
         return OnnxRuntime(problem="not installed")
     facts, problem = _imported("onnxruntime", "[m.__version__, m.get_available_providers()]")
     return OnnxRuntime(facts[0], tuple(facts[1])) if problem is None else OnnxRuntime(problem=problem)
+
+
+def _torch() -> Torch:
+    """By the file that torch keeps this in, as its import takes seconds."""
+    with suppress(OSError, ImportError):
+        found = find_spec("torch")
+        if found is not None and found.origin is not None:
+            text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+            built = re.search(r"^cuda\b.*=\s*'([\d.]+)'", text, re.MULTILINE)
+            return Torch(built[1] if built else None)
+    return Torch()
 
 
 def _tensorrt(name: str, installed: bool) -> TensorRT:

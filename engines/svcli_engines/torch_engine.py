@@ -36,16 +36,22 @@ class TorchEngine:
     """
 
     def __init__(
-        self, checkpoint: Path, *, capacity: int, device: Device = "cpu", precision: TorchPrecision = "fp32"
+        self,
+        checkpoint: Path,
+        *,
+        capacity: int,
+        device: Device = "cpu",
+        precision: TorchPrecision = "fp32",
+        compiled: bool = False,
     ) -> None:
-        """`capacity`: rows of the KV cache.
+        """`capacity`: rows of the KV cache. `compiled`: by torch.compile, which takes its time at the first new id.
 
         Raises CheckpointError for an unusable checkpoint, EngineError for `cuda` where PyTorch finds none.
         """
         start = perf_counter()
         from skipvision.checkpoint import load_checkpoint
 
-        self._start(load_checkpoint(checkpoint), capacity, device, precision, start)
+        self._start(load_checkpoint(checkpoint), capacity, device, precision, compiled, start)
 
     @classmethod
     def of_bundle(
@@ -55,9 +61,11 @@ class TorchEngine:
         *,
         checkpoint: Path | None = None,
         device: Device = "cpu",
-        precision: TorchPrecision = "fp32",
+        compiled: bool = False,
     ) -> TorchEngine:
         """The model of a bundle, by the bundle's own weights, or by those of the `checkpoint` that it was made from.
+
+        In fp32, on CUDA in fp16 where the bundle computes in that, which a CPU does slowly.
 
         Raises BundleError or CheckpointError where they are unusable, EngineError as above.
         """
@@ -66,11 +74,19 @@ class TorchEngine:
 
         model = restore_model(bundle, manifest) if checkpoint is None else original_model(checkpoint, manifest)
         engine = cls.__new__(cls)
-        engine._start(model, manifest.contract.capacity, device, precision, start)
+        contract = manifest.contract
+        precision: TorchPrecision = "fp16" if device == "cuda" and contract.compute_dtype == "float16" else "fp32"
+        engine._start(model, contract.capacity, device, precision, compiled, start)
         return engine
 
     def _start(
-        self, model: SkipVisionModel, capacity: int, device: Device, precision: TorchPrecision, start: float
+        self,
+        model: SkipVisionModel,
+        capacity: int,
+        device: Device,
+        precision: TorchPrecision,
+        compiled: bool,
+        start: float,
     ) -> None:
         import torch
 
@@ -80,6 +96,8 @@ class TorchEngine:
         self.precision = str(precision)
         self.decode_mode = "eager" if device == "cpu" else "warming up"
         """How single ids are decoded: `eager`, `warming up`, `graph`, or `eager: ` and why there is no graph."""
+        self.code = "compiled" if compiled else "as written"
+        """Of that step: `as written`, `compiled`, or `as written: ` and why it is not compiled."""
         dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         self._device, self._dtype = torch.device(device), dtypes[precision]
         self._model = model.to(self._device, self._dtype)
@@ -88,6 +106,7 @@ class TorchEngine:
         self._length = 0
         self._num_steps = 0
         self._replay: Callable[[], None] | None = None
+        self._compiled_step = compile_step(self._step) if compiled else None
         self._next_id = torch.zeros((1, 1), dtype=torch.long, device=self._device)
         self._step_logits = torch.zeros(model.config.text.vocab_size, dtype=self._dtype, device=self._device)
         self.load_seconds = perf_counter() - start
@@ -128,7 +147,7 @@ class TorchEngine:
 
         check_extend(len(input_ids), self._length, self._capacity)
         with torch.no_grad():
-            if self.decode_mode in ("warming up", "graph") and len(input_ids) == 1:
+            if len(input_ids) == 1:
                 logits = self._one(input_ids[0])
             else:
                 logits = self._advance(torch.tensor([input_ids], device=self._device))
@@ -146,11 +165,11 @@ class TorchEngine:
         self._length = 0
 
     def close(self) -> None:
-        self._length, self._cache, self._replay = 0, None, None
+        self._length, self._cache, self._replay, self._compiled_step = 0, None, None, None
 
     def _take(self, cache: KVCache) -> None:
-        """The cache of a prompt. A graph knows tensors by their addresses, so there they are copied into the first."""
-        if self._cache is None or self.decode_mode not in ("warming up", "graph"):
+        """The cache of a prompt. Graphs and compiled code know tensors, so those of the first one are kept."""
+        if self._cache is None:
             self._cache = cache
             return
         for old, new in zip(_tensors(self._cache), _tensors(cache), strict=True):
@@ -158,34 +177,48 @@ class TorchEngine:
 
     def _advance(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [vocab] of the last of the new ids [1, n]. Every tensor of the cache stays where it is."""
-        from skipvision.decoder import KVCache
-
         assert self._cache is not None  # check_extend saw rows in it
-        decoder, cache = self._model.decoder, self._cache
-        grown = KVCache(cache.keys, cache.values, cache.lengths, cache.next_positions)
-        logits = decoder.logits(decoder.extend(decoder.embed(input_ids), grown))
-        cache.lengths.copy_(grown.lengths)
-        cache.next_positions.copy_(grown.next_positions)
-        return logits[0, -1]
+        decoder = self._model.decoder
+        return decoder.logits(decoder.extend(decoder.embed(input_ids), self._cache))[0, -1]
 
     def _one(self, token: int) -> torch.Tensor:
         """Logits [vocab] of one new id, by a graph as soon as there is one."""
         self._next_id.fill_(token)
-        if self._num_steps == _WARM_UP:
+        if self._num_steps == _WARM_UP and self.decode_mode == "warming up":
             self._capture()
         self._num_steps += 1
-        (self._replay or self._step)()
+        (self._replay or self._run_step)()
         return self._step_logits.clone()
+
+    def _run_step(self) -> None:
+        if self._compiled_step is not None:
+            try:
+                self._compiled_step()
+                return
+            except RuntimeError as error:  # what torch raises where a compiler is missing or fails
+                if self._num_steps > 1:
+                    raise
+                self._compiled_step = None
+                self.code = f"as written: {_reason(error)}"
+        self._step()
 
     def _step(self) -> None:
         self._step_logits.copy_(self._advance(self._next_id))
 
     def _capture(self) -> None:
         try:
-            self._replay = capture(self._step)
+            self._replay = capture(self._run_step)
             self.decode_mode = "graph"
         except RuntimeError as error:  # what torch raises for CUDA's errors
-            self.decode_mode = f"eager: {str(error).splitlines()[0]}"
+            self.decode_mode = f"eager: {_reason(error)}"
+
+
+def compile_step(step: Callable[[], None]) -> Callable[[], None]:
+    """`step`, compiled at its first call, which raises RuntimeError where that cannot be done."""
+    import torch
+
+    made: Callable[[], None] = torch.compile(step, fullgraph=True, dynamic=False)
+    return made
 
 
 def capture(step: Callable[[], None]) -> Callable[[], None]:
@@ -197,6 +230,12 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
         step()
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def _reason(error: RuntimeError) -> str:
+    """What happened, without the advice that torch gives: "backend='inductor' raised:" goes on in the next line."""
+    first, *more = str(error).splitlines()
+    return f"{first} {more[0]}" if more and first.endswith(":") else first
 
 
 def _tensors(cache: KVCache) -> list[torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,27 +11,17 @@ import typer
 
 from svcli import ui
 from svcli.__main__ import INTERRUPTED
+from svcli.engines import EngineName, open_engine
 from svcli.errors import UsageError
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
-    from svcli_engines.base import Engine
     from svcli_engines.generate import Stats
-    from svcli_export.manifest import Manifest
 
 _ENDINGS = {
     "length": "the answer was cut off at --max-new-tokens",
     "context": "the answer was cut off: the context of this bundle is full",
 }
-
-
-class EngineName(str, Enum):
-    """What runs the graphs."""
-
-    ONNXRUNTIME = "onnxruntime"
-    ONNXRUNTIME_CUDA = "onnxruntime-cuda"
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt-rtx"
 
 
 def chat(
@@ -48,7 +37,8 @@ def chat(
         EngineName,
         typer.Option(
             metavar="NAME",
-            help="onnxruntime, onnxruntime-cuda; tensorrt or tensorrt-rtx, for which `svcli build-engine` made plans.",
+            help="onnxruntime or onnxruntime-cuda; torch or torch-cuda; tensorrt or tensorrt-rtx, for which"
+            " `svcli build-engine` made plans.",
         ),
     ] = EngineName.ONNXRUNTIME,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
@@ -84,7 +74,7 @@ def chat(
         bundle = model or bundled_model()
         manifest = load_manifest(bundle)
         processor = Processor(bundle, manifest)
-        runner = open_engine(engine, bundle, manifest, threads)
+        runner = open_engine(engine, bundle, manifest, threads=threads)
         conversation = Conversation(runner, processor)
         try:
             for event in conversation.ask(question, [picture.image for picture in pictures], sampling=sampling):
@@ -108,20 +98,6 @@ def chat(
         ui.show(json.dumps(said | {"model": str(bundle)} | (measured(stats) if stats else {})))
     if stop_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
-
-
-def open_engine(engine: EngineName, bundle: Path, manifest: Manifest, threads: int | None) -> Engine:
-    """Raises UsageError for threads of an engine that has none, or what the engine raises."""
-    if engine in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA):
-        from svcli_engines.onnx_engine import OnnxEngine
-
-        on_gpu = engine is EngineName.ONNXRUNTIME_CUDA
-        return OnnxEngine(bundle, manifest, provider="cuda" if on_gpu else "cpu", num_threads=threads)
-    if threads is not None:
-        raise UsageError(f"--threads is for onnxruntime: {engine.value} runs on the GPU")
-    from svcli_engines.tensorrt_engine import TensorRTEngine
-
-    return TensorRTEngine(bundle, manifest, backend="tensorrt" if engine is EngineName.TENSORRT else "tensorrt-rtx")
 
 
 def _check(images: list[str], question: str) -> None:

@@ -81,6 +81,7 @@ def _render(found: Environment, able: tuple[Ability, ...]) -> None:
         "Run times",
         [
             ("ONNX Runtime", runtime.problem or f"{runtime.version}: {', '.join(runtime.providers)}"),
+            ("PyTorch", _torch(found)),
             *((flavour.name, flavour.problem or f"{flavour.version}") for flavour in found.tensorrt),
             ("plugins", found.plugins.problem or f"kernels are compiled by {found.plugins.compiler}"),
             ("NVIDIA driver", _driver(found.cuda)),
@@ -99,6 +100,13 @@ def _render(found: Environment, able: tuple[Ability, ...]) -> None:
         ui.show(f"{'yes' if ability.works else 'no':4} {ability.command}")
         if ability.remedy is not None:
             ui.show(f"     {ability.remedy}")
+
+
+def _torch(found: Environment) -> str:
+    version = found.version("torch")
+    if version is None:
+        return "not installed"
+    return f"{version}, for the CPU alone" if found.torch.cuda is None else f"{version}, for CUDA {found.torch.cuda}"
 
 
 def _driver(cuda: Cuda) -> str:

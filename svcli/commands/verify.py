@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from svcli import ui
+from svcli.engines import EngineName, open_engine
 from svcli.errors import UsageError, explain
 from svcli.settings import bundled_model
 
@@ -19,13 +21,10 @@ if TYPE_CHECKING:
 
     from svcli_engines.base import Engine
     from svcli_engines.compare import Comparison, Layer, Opener, Stage, Verification
-    from svcli_engines.plans import Backend
-    from svcli_engines.torch_engine import Device, TorchPrecision
     from svcli_export.agreement import Difference
     from svcli_export.manifest import Manifest
-    from svcli_export.runtime import Provider
 
-ENGINES = ("onnxruntime", "onnxruntime-cuda", "torch", "torch-cuda", "tensorrt", "tensorrt-rtx")
+ENGINES = tuple(name.value for name in EngineName)
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -122,38 +121,14 @@ def _files(path: Path) -> list[Path]:
 
 
 def openers(bundle: Path, manifest: Manifest, names: list[str] | None, checkpoint: Path | None) -> dict[str, Opener]:
-    """How each engine is opened, by name."""
-
-    def onnxruntime(provider: Provider) -> Engine:
-        from svcli_engines.onnx_engine import OnnxEngine
-
-        return OnnxEngine(bundle, manifest, provider=provider)
-
-    def torch(device: Device) -> Engine:
-        from svcli_engines.torch_engine import TorchEngine
-
-        # fp16 is slow on a CPU, and there the point is what rounding the weights does.
-        is_half = device == "cuda" and manifest.contract.compute_dtype == "float16"
-        precision: TorchPrecision = "fp16" if is_half else "fp32"
-        return TorchEngine.of_bundle(bundle, manifest, device=device, precision=precision)
-
-    def tensorrt(backend: Backend) -> Engine:
-        from svcli_engines.tensorrt_engine import TensorRTEngine
-
-        return TensorRTEngine(bundle, manifest, backend=backend)
-
-    known: dict[str, Opener] = {
-        "onnxruntime": lambda: onnxruntime("cpu"),
-        "onnxruntime-cuda": lambda: onnxruntime("cuda"),
-        "torch": lambda: torch("cpu"),
-        "torch-cuda": lambda: torch("cuda"),
-        "tensorrt": lambda: tensorrt("tensorrt"),
-        "tensorrt-rtx": lambda: tensorrt("tensorrt-rtx"),
-    }
-    wanted = [name for name in names or known if name != "torch" or checkpoint is not None]
+    """How each engine is opened, by name. PyTorch on a GPU decodes as fast as it can there, compiled."""
+    wanted = [name for name in names or ENGINES if name != "torch" or checkpoint is not None]
     if not wanted:
         raise UsageError("torch is what the others are held against; name another engine, or give --checkpoint too")
-    return {name: known[name] for name in wanted}
+    return {
+        name: partial(open_engine, EngineName(name), bundle, manifest, compiled=name == EngineName.TORCH_CUDA)
+        for name in wanted
+    }
 
 
 def _reference(bundle: Path, manifest: Manifest, checkpoint: Path | None) -> Engine:

@@ -30,6 +30,7 @@ from benchmarks.gpu_speed import (
 )
 from skipvision.config import TextConfig, VisionConfig
 from skipvision.layout import BatchLayout
+from tests.optional import missing
 
 TINY_TEXT = TextConfig(50, 32, 48, 2, 4, 2, 8, tie_embeddings=False)
 TINY_VISION = VisionConfig(28, 14, 16, 32, 2, 2, feature_layers=(1,), select_layer=1)
@@ -65,7 +66,7 @@ def test_both_variants_have_the_same_weights_once_in_memory(made: dict[str, Vari
 
 
 def test_every_stage_is_timed_for_both(made: dict[str, Variant]) -> None:
-    bench = Bench(made, None, 2, "cpu", WallClock())
+    bench = Bench(made, None, 2, "cpu", WallClock(), compiled=False)
     found = measured(bench, 3, Roofline(1e9, 1e9))
     assert found["rows"] == {"dense": 8 + 2 * 16 + 32, "skipped": 8 + 2 * (5 + 7 + 2) + 32}
     # bf16 K and V of 2 layers, 2 heads of 8, for 2 sequences.
@@ -85,7 +86,7 @@ def test_a_stage_that_does_not_fit_says_so_and_the_others_are_measured(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto")
 
     monkeypatch.setattr(made["dense"].model, "prefill", fail)
-    found = measured(Bench(made, None, 1, "cpu", WallClock()), 1, Roofline(1e9, 1e9))
+    found = measured(Bench(made, None, 1, "cpu", WallClock(), compiled=False), 1, Roofline(1e9, 1e9))
     assert found["prefill"] == found["decode_token"] == {"out_of_memory": "CUDA out of memory. Tried"}
     assert found["vision"]["seconds"]["dense"]["runs"] == 1
 
@@ -144,8 +145,9 @@ def test_weights_get_the_names_of_transformers(made: dict[str, Variant]) -> None
     assert "model.layers.0.post_attention_layernorm.weight" in names
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="no transformers: the peer's answers were not compared")
 def test_the_peer_answers_as_the_dense_model(made: dict[str, Variant]) -> None:
+    if find_spec("transformers") is None:
+        missing("transformers")
     model, layout = made["dense"].model, made["dense"].layout
     peer = Peer(model, "cpu")
     visual, ids = torch.randn(2, 16, 32).bfloat16(), torch.arange(layout.num_ids)[None]

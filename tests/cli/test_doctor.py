@@ -56,7 +56,7 @@ def test_a_laptop_without_a_gpu(on: Any) -> None:
     assert works[0] == 'yes svcli chat IMAGE "QUESTION"'
     train = works.index("no svcli train RECIPE -o FOLDER")
     assert works[train + 1] == 'pip install "svcli[torch]"'
-    assert len([line for line in works if line.startswith(("yes ", "no "))]) == 10
+    assert len([line for line in works if line.startswith(("yes ", "no "))]) == 11
 
 
 def test_a_server_with_a_gpu(on: Any) -> None:
@@ -99,6 +99,7 @@ SCHEMA = {
     "machine": {"platform": "str", "cores": "int", "memory_bytes": "int", "memory_available_bytes": "int"},
     "packages": [{"name": "str", "distribution": "str", "version": "str"}],
     "onnxruntime": {"version": "str", "providers": ["str"], "problem": "NoneType"},
+    "torch": {"cuda": "str"},
     "cuda": {
         "driver": "str",
         "cuda": "str",
@@ -114,6 +115,7 @@ SCHEMA = {
     "works": {
         "chat-cpu": WORKS,
         "chat-cuda": WORKS,
+        "chat-torch-cuda": WORKS,
         "chat-tensorrt": WORKS,
         "chat-tensorrt-rtx": WORKS,
         "build-engine-tensorrt": WORKS,

@@ -17,6 +17,7 @@ from svcli_engines.environment import (
     Place,
     Plugins,
     TensorRT,
+    Torch,
 )
 
 LIGHT = {"numpy", "pillow", "tokenizers", "jinja2", "pydantic", "onnxruntime"}
@@ -44,6 +45,7 @@ def laptop(installed: set[str] = LIGHT, **changes: Any) -> Environment:
         onnxruntime=CPU_ONLY
         if installed & {"onnxruntime", "onnxruntime-gpu"}
         else OnnxRuntime(problem="not installed"),
+        torch=Torch(),
         cuda=Cuda(problem="libcuda.so.1 is not there"),
         tensorrt=flavours,
         plugins=Plugins("nvrtc 13.0") if "nvrtc" in installed else Plugins(problem="there is no CUDA compiler"),
@@ -56,4 +58,4 @@ def laptop(installed: set[str] = LIGHT, **changes: Any) -> Environment:
 def server(installed: set[str] = EVERYTHING, **changes: Any) -> Environment:
     """One H200, and everything installed."""
     cuda = Cuda("580.65.06", "13.0", (H200,), "nvidia-smi")
-    return laptop(installed, **{"cuda": cuda, "onnxruntime": WITH_CUDA, **changes})
+    return laptop(installed, **{"cuda": cuda, "onnxruntime": WITH_CUDA, "torch": Torch("13.0"), **changes})

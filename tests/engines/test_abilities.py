@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from svcli_engines.abilities import abilities, runs_anything, warnings
-from svcli_engines.environment import Cuda, Environment, Model, OnnxRuntime, TensorRT
+from svcli_engines.environment import Cuda, Environment, Model, OnnxRuntime, TensorRT, Torch
 from tests.engines.machines import CPU_ONLY, EVERYTHING, H200, LIGHT, laptop, server
 
 GPU = "needs an NVIDIA GPU and its driver (libcuda.so.1 is not there)"
 NAMES = [
     "chat-cpu",
     "chat-cuda",
+    "chat-torch-cuda",
     "chat-tensorrt",
     "chat-tensorrt-rtx",
     "build-engine-tensorrt",
@@ -39,6 +40,7 @@ def test_a_light_install_chats_on_the_cpu_and_says_what_the_rest_needs() -> None
     assert remedies(laptop()) == {
         "chat-cpu": None,
         "chat-cuda": GPU,
+        "chat-torch-cuda": GPU,
         "chat-tensorrt": GPU,
         "chat-tensorrt-rtx": GPU,
         "build-engine-tensorrt": GPU,
@@ -95,6 +97,12 @@ def test_rtx_plans_can_be_built_without_a_gpu() -> None:
             server(EVERYTHING, onnxruntime=OnnxRuntime(problem="ImportError: libcudnn.so.9")),
             "chat-cuda",
             "pip install --force-reinstall --no-deps onnxruntime-gpu",
+        ),
+        (server(EVERYTHING - {"torch"}), "chat-torch-cuda", TORCH),
+        (
+            server(torch=Torch()),
+            "chat-torch-cuda",
+            "pip install --force-reinstall torch  # from an index with builds for CUDA; this one is for the CPU alone",
         ),
         (server(EVERYTHING - {"cuda-bindings"}), "chat-tensorrt", "pip install cuda-bindings"),
         (

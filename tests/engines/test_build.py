@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -41,6 +40,7 @@ from svcli_export.manifest import file_entry, load_manifest
 from svcli_export.restore import restore_model
 from tests.engines.conftest import Exported, export_tiny
 from tests.engines.workshop import HERE, NOWHERE, SHARED, SPLIT, VERSION, Workshop, open_workshop
+from tests.optional import missing
 
 RTX = Options("tensorrt-rtx")
 
@@ -379,19 +379,13 @@ def test_the_gpu_is_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, found:
 
 # From here on TensorRT-RTX itself builds, without a GPU. `make test` installs it.
 PACKAGES = ("tensorrt_rtx", "polygraphy")
-MISSING = (
-    'no TensorRT-RTX (pip install "tensorrt-rtx-cu13>=1.7" "polygraphy>=0.53"): the plans of a tiny model and of the'
-    " bundled one for sm_80, sm_89 and sm_120 were not built"
-)
 CI_TARGETS = ("sm_80", "sm_89", "sm_120")
 
 
 @pytest.fixture(scope="module")
 def rtx() -> None:
     if any(find_spec(name) is None for name in PACKAGES):
-        if "tensorrt-rtx" in os.environ.get("SVCLI_REQUIRE", "").split(","):
-            pytest.fail(f"required: {MISSING}")
-        pytest.skip(MISSING)
+        missing("tensorrt-rtx")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from svcli_export.contract import CACHE_PARTS
 from svcli_export.runtime import ProviderError, open_session
 from tests.engines.conftest import Exported
 from tests.export.tiny import IMAGE_SIZE
+from tests.optional import missing
+from tests.plugins.cpu_device import host_compiler
 
 IMAGE = 1
 NEW = [9, 10, 11, 12, 13]
@@ -257,6 +260,65 @@ def test_torch_without_a_graph_says_why_and_goes_on(exported: Exported, monkeypa
         for token in NEW:
             np.testing.assert_array_equal(engine.extend([token]), reference.extend([token]))
     assert engine.decode_mode == "eager: operation not permitted when stream is capturing"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
+def test_torch_decodes_compiled_what_it_decodes_as_written(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By TorchInductor itself, as on CUDA, but for the kernels' language."""
+    if host_compiler() is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing("inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    capacity = exported.manifest.contract.capacity
+    engine, reference = TorchEngine(exported.checkpoint, capacity=capacity, compiled=True), exported.torch_engine()
+    for ids in (PROMPTS["two images"], PROMPTS["text only"]):
+        np.testing.assert_array_equal(prefill(engine, exported, ids), prefill(reference, exported, ids))
+        for step in ([5], [6], [7, 8], [9]):
+            np.testing.assert_allclose(engine.extend(step), reference.extend(step), atol=1e-5)
+        for part in CACHE_PARTS:
+            np.testing.assert_allclose(engine.cache_rows(1, part), reference.cache_rows(1, part), atol=1e-5)
+    assert engine.code == "compiled"
+    (code,) = (path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.py") if "def call" in path.read_text())
+    assert "scatter" not in code  # which copies the cache instead of writing into it
+
+
+def test_torch_that_cannot_compile_says_why_and_goes_on(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_step: Callable[[], None]) -> Callable[[], None]:
+        def step() -> None:
+            raise RuntimeError("inductor raised:\nno C++ compiler\nand much more")
+
+        return step
+
+    monkeypatch.setattr(torch_engine, "compile_step", refuse)
+    capacity = exported.manifest.contract.capacity
+    engine, reference = TorchEngine(exported.checkpoint, capacity=capacity, compiled=True), exported.torch_engine()
+    for ids in (PROMPTS["one image first"], PROMPTS["text only"]):
+        prefill(engine, exported, ids), prefill(reference, exported, ids)
+        for token in NEW:
+            np.testing.assert_array_equal(engine.extend([token]), reference.extend([token]))
+    assert engine.code == "as written: inductor raised: no C++ compiler"
+
+
+def test_a_compiled_step_that_fails_later_is_an_error(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have written to the cache by then, so that doing it over would be wrong."""
+    calls: list[int] = []
+
+    def once(step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("out of memory")
+            step()
+
+        return run
+
+    monkeypatch.setattr(torch_engine, "compile_step", once)
+    engine = TorchEngine(exported.checkpoint, capacity=exported.manifest.contract.capacity, compiled=True)
+    prefill(engine, exported, PROMPTS["text only"])
+    engine.extend([5])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.extend([6])
 
 
 def test_torch_on_the_cpu_makes_no_graph(exported: Exported) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from svcli_engines import environment
-from svcli_engines.environment import PACKAGES, Cuda, Environment, Gpu, Plugins, look, read_libcuda
+from svcli_engines.environment import PACKAGES, Cuda, Environment, Gpu, Plugins, Torch, look, read_libcuda
 from tests.engines.conftest import Exported
 
 PLACES = {"here": Path()}
@@ -98,6 +98,21 @@ def test_a_file_in_the_working_folder_is_not_mistaken_for_a_package(
     monkeypatch.syspath_prepend("")
     monkeypatch.setenv("PYTHONPATH", "")
     assert look(exported.bundle, PLACES).onnxruntime.problem is None
+
+
+@pytest.mark.parametrize(
+    ("line", "cuda"), [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", None), ("", None)]
+)
+def test_pytorch_is_for_the_cuda_that_it_was_built_with(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, cuda: str | None
+) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('not asked')")
+    (package / "version.py").write_text(f"debug = False\n{line}\nhip: Optional[str] = '6.0'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    assert look(exported.bundle, {}).torch == Torch(cuda)
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])

@@ -1,0 +1,35 @@
+"""What tests may find missing, by hand: each skips what it carries, aloud, or fails where SVCLI_REQUIRE names it.
+
+SVCLI_REQUIRE=compiler,nvrtc,tensorrt-rtx make test
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import pytest
+
+OPTIONAL = {
+    "compiler": "no C++ compiler (CXX, g++ or clang++): the kernels' arithmetic was not checked",
+    "inductor": "no C++ compiler, or no Python.h, for torch.compile: compiled decoding was not checked",
+    "nvrtc": 'no NVRTC (pip install "nvidia-cuda-nvrtc>=13.0,<13.1"): no PTX was compiled',
+    "tensorrt": (
+        "SVCLI_TENSORRT_WHEELS is not set to a folder with tensorrt-cu13-bindings and tensorrt-lean-cu13-libs"
+        " (pip install --no-deps --target FOLDER): registration was checked against the recorded interface only"
+    ),
+    "tensorrt-rtx": (
+        'no TensorRT-RTX (pip install "tensorrt-rtx-cu13>=1.7" "polygraphy>=0.53"): the plans of a tiny model and of'
+        " the bundled one for sm_80, sm_89 and sm_120 were not built"
+    ),
+    "transformers": "no transformers: the peer's answers were not compared with ours",
+}
+
+
+def missing(what: str) -> NoReturn:
+    """Skips the test that needs `what`, or fails it."""
+    required = {name for name in os.environ.get("SVCLI_REQUIRE", "").split(",") if name}
+    assert required <= OPTIONAL.keys(), f"SVCLI_REQUIRE knows {', '.join(sorted(OPTIONAL))}"
+    if what in required:
+        pytest.fail(f"required: {OPTIONAL[what]}")
+    pytest.skip(OPTIONAL[what])
