@@ -24,7 +24,7 @@ Params = ParamSpec("Params")
 FAILURE = 1
 USAGE = 2
 MACHINE = 3
-"""This machine lacks what a build needs: TensorRT, a GPU, memory, room on the disk."""
+"""This machine lacks something: TensorRT, a GPU, a driver, memory, room on the disk."""
 BROKEN_PIPE = 141
 """What a shell reports for a process whose reader has gone."""
 
@@ -35,7 +35,7 @@ _PACKAGES = ("skipvision", "svcli_export", "svcli_engines", "svcli")
 _USERS_INPUT = frozenset(
     {"BuildOptionError", "ConfigError", "ContractError", "ImageError", "PromptError", "SamplingError", "UsageError"}
 )
-_LACKING = frozenset({"MachineError"})
+_LACKING = frozenset({"MachineError", "ProviderError"})
 _EXTRA_OF = {
     "onnx": "torch",
     "onnx_ir": "torch",

@@ -25,6 +25,7 @@ def render(plans: PlanSet, record: PlanRecord, remarks: dict[str, str]) -> None:
         for name, plan in record.plans.items()
     ]
     built = f"{record.backend} {record.backend_version} for {record.target}, {record.layout} layout, {record.precision}"
+    built += f", prompts up to {record.max_context} rows"
     # A title would be folded to the width of its table.
     ui.show(f"{plans.folder}: {built}")
     ui.table("", ("plan", "layers", "weights", "scratch", "on disk", "plugins", ""), rows)

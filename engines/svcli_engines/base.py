@@ -19,6 +19,10 @@ class EngineError(ValueError):
     """An engine asked for what it cannot do."""
 
 
+class MachineError(EngineError):
+    """What this machine lacks; one sentence with what mends it."""
+
+
 class Engine(Protocol):
     """One sequence at a time. The cache starts empty, `prefill` fills it, `extend` goes on behind it."""
 

@@ -6,6 +6,7 @@ Needs onnx, and torch for the shared layout. TensorRT and polygraphy are loaded 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import skipvision
 from skipvision.folders import write_directory
+from svcli_engines.base import MachineError
 from svcli_engines.build_options import (
     LocalGpu,
     Options,
@@ -28,9 +30,18 @@ from svcli_engines.build_options import (
     find_gpu,
 )
 from svcli_engines.build_orders import RECIPES_FILE, Order, Part, plan_order, plan_parts
-from svcli_engines.builder_process import BuildError, Job, MachineError, Task, Tools, build, find_tools
+from svcli_engines.builder_process import BuildError, Job, Task, Tools, build, find_tools
 from svcli_engines.plan_graphs import layout_weight_bytes
-from svcli_engines.plans import FORMAT_VERSION, EngineLayout, PlanFile, PlanRecord, PlanSet, built_from, write_record
+from svcli_engines.plans import (
+    FORMAT_VERSION,
+    PLANS_FOLDER,
+    EngineLayout,
+    PlanFile,
+    PlanRecord,
+    PlanSet,
+    built_from,
+    write_record,
+)
 from svcli_export.manifest import Manifest, file_entry, load_manifest
 
 Progress = Callable[[str, float, float, str], None]
@@ -58,17 +69,6 @@ class Result:
     kv_bytes: int
 
 
-@dataclass(frozen=True)
-class _Staged(PlanSet):
-    """A plan set that is not in its place yet."""
-
-    place: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.place
-
-
 def build_plans(
     bundle: Path,
     options: Options,
@@ -89,18 +89,37 @@ def build_plans(
     tools = find_tools(options.backend, gpu.driver)
     wanted = choose_targets(options.backend, targets, gpu, tools)
     parts = plan_parts(bundle, manifest, options)
-    sets = [PlanSet(bundle, options.backend, target) for target in wanted]
-    orders = [plan_order(plans, manifest, options, parts, tools) for plans in sets]
-    check_room(bundle, [part.weight_bytes for order in orders for part in order.missing])
-    total = sum(part.weight_bytes for order in orders for part in order.missing)
+    sets = [PlanSet(bundle, options.backend, target, options.layout) for target in wanted]
     done, outcomes = 0, []
-    for order in orders:
-        work = _Work(manifest, options, parts, tools, gpu, order, partial(_tell, progress, order, done, total))
-        outcomes.append(work.run())
-        done += sum(part.weight_bytes for part in order.missing)
+    with _alone(bundle):
+        orders = [plan_order(plans, manifest, options, parts, tools) for plans in sets]
+        check_room(bundle, [part.weight_bytes for order in orders for part in order.missing])
+        total = sum(part.weight_bytes for order in orders for part in order.missing)
+        for order in orders:
+            work = _Work(manifest, options, parts, tools, gpu, order, partial(_tell, progress, order, done, total))
+            outcomes.append(work.run())
+            done += sum(part.weight_bytes for part in order.missing)
     contract = manifest.contract
     kv_bytes = contract.capacity * contract.kv_bytes_per_row
     return Result(tuple(outcomes), layout_weight_bytes(bundle, manifest), contract.capacity, kv_bytes)
+
+
+@contextmanager
+def _alone(bundle: Path) -> Iterator[None]:
+    """Nobody else builds plans of this bundle meanwhile, so that what a killed build left behind can go.
+
+    Raises BuildError where somebody does.
+    """
+    descriptor = os.open(bundle, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in (*bundle.glob(".tensorrt*.onnx"), *(bundle / PLANS_FOLDER).glob(".tensorrt*")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    except BlockingIOError:
+        raise BuildError(f"{bundle}: its plans are being built by another process; wait for that to end") from None
+    finally:
+        os.close(descriptor)
 
 
 def _tell(progress: Progress, order: Order, before: float, total: float, file: str, done: float) -> None:
@@ -124,21 +143,21 @@ class _Work:
         order = self.order
         if order.old is not None and not order.missing and order.old == self._record(order.kept):
             return Outcome(order.plans, order.old, ())
-        order.log.parent.mkdir(parents=True, exist_ok=True)
-        if order.missing:
-            order.log.write_bytes(b"")
         records: list[PlanRecord] = []
 
         def write(folder: Path) -> None:
             record = self._record(self._fill(folder))
             (folder / RECIPES_FILE).write_text(json.dumps(order.recipes, indent=1) + "\n", encoding="utf-8")
-            write_record(_Staged(order.plans.bundle, order.plans.backend, order.plans.target, folder), record)
+            write_record(folder, record)
             records.append(record)
 
         try:
+            if order.missing:
+                order.plans.log.parent.mkdir(exist_ok=True)
+                order.plans.log.write_bytes(b"")
             write_directory(order.plans.folder, write)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise MachineError(f"the disk of {order.plans.bundle} is full; free some room and build again") from None
         return Outcome(order.plans, records[0], tuple(part.file for part in order.missing))
@@ -160,7 +179,7 @@ class _Work:
 
     def _build(self, part: Part, path: Path, done: int) -> PlanFile:
         """Builds one plan into the file `path`; `done` is what `progress` was told before."""
-        with _beside_weights(self.order.plans.bundle, part) as graph:
+        with _beside_weights(self.order.plans, part) as graph:
             job = Job(
                 graph=graph,
                 plan=path,
@@ -174,7 +193,7 @@ class _Work:
             )
             task = Task(backend=self.options.backend, driver=self.gpu.driver, job=job)
             tell = self.progress
-            built = build(task, self.order.log, lambda share: tell(part.file, done + share * part.weight_bytes))
+            built = build(task, self.order.plans.log, lambda share: tell(part.file, done + share * part.weight_bytes))
         if built.version != self.tools.version:
             raise BuildError(f"{self.options.backend} became {built.version} during the build; build again")
         entry = file_entry(path)
@@ -200,7 +219,7 @@ class _Work:
             target=self.order.plans.target,
             layout=self.options.layout,
             precision=contract.precision,
-            max_context=contract.max_context,
+            max_context=self.options.max_context or contract.max_context,
             capacity=contract.capacity,
             sources=built_from(self.manifest),
             plans=dict(files),
@@ -208,9 +227,10 @@ class _Work:
 
 
 @contextmanager
-def _beside_weights(bundle: Path, part: Part) -> Iterator[Path]:
+def _beside_weights(plans: PlanSet, part: Part) -> Iterator[Path]:
     """A file with the graph, for a while: its weights are looked for in the folder where it lies."""
-    with tempfile.NamedTemporaryFile(dir=bundle, prefix=f".{part.file}.", suffix=".onnx") as file:
+    prefix = f".{plans.folder.name}.{part.file}."
+    with tempfile.NamedTemporaryFile(dir=plans.bundle, prefix=prefix, suffix=".onnx") as file:
         file.write(part.graph.SerializeToString())
         file.flush()
         yield Path(file.name)

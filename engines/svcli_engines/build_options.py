@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svcli_engines import environment
-from svcli_engines.builder_process import MachineError, Tools
+from svcli_engines.base import MachineError
+from svcli_engines.builder_process import Tools
 from svcli_engines.plans import Backend, EngineLayout
 from svcli_export.manifest import Manifest
 

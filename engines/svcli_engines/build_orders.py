@@ -65,10 +65,6 @@ class Order:
     """Plans of that set that need not be built again."""
     missing: tuple[Part, ...]
 
-    @property
-    def log(self) -> Path:
-        return self.plans.folder.with_name(f"{self.plans.folder.name}.log")
-
 
 def plan_parts(bundle: Path, manifest: Manifest, options: Options) -> list[Part]:
     """Every plan of the layout. Raises GraphError, or ContractError where a context leaves no room for pictures."""
@@ -136,9 +132,15 @@ def _recipe(part: Part, manifest: Manifest, options: Options, target: str, tools
         "backend": [options.backend, tools.version],
         "target": target,
         "workspace": options.workspace,
-        "kernels": part.kernel_sha256,
+        "code": {path.name: file_entry(path).sha256 for path in _code(part)},
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def _code(part: Part) -> list[Path]:
+    """What of svcli decides how a graph becomes a plan."""
+    plugins = SOURCE.parent
+    return [Path(__file__).with_name("plan_builder.py"), *([*plugins.glob("*.py"), SOURCE] if part.plugins else [])]
 
 
 def _is_whole(path: Path, plan: PlanFile) -> bool:

@@ -19,7 +19,9 @@ from typing import IO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from svcli_engines.base import MachineError
 from svcli_engines.plans import Backend, ShapeRange
+from svcli_engines.tensorrt_runtime import TOO_LITTLE_MEMORY
 
 Progress = Callable[[float], None]
 """Called with the share of a build that is done."""
@@ -31,17 +33,12 @@ _LONGEST = 300
 """Letters of a log that are quoted."""
 _SERIOUS = ("[E]", "[!]")
 """How errors begin in polygraphy's log."""
-_TOO_LITTLE_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|cannot allocate memory|MemoryError", re.IGNORECASE)
-_FULL_DISK = re.compile(r"no space left on device", re.IGNORECASE)
+_FULL_DISK = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 _BAD_DRIVER = re.compile(r"CUDA initialization failure|driver version is insufficient|driver too old", re.IGNORECASE)
 
 
 class BuildError(ValueError):
     """A build that failed; one sentence with the builder's reason and where its log is."""
-
-
-class MachineError(ValueError):
-    """A build for which this machine lacks something; one sentence with what mends it."""
 
 
 class _Strict(BaseModel):
@@ -219,7 +216,7 @@ def _error(task: Task, message: str, words: str, log: Path | None) -> ValueError
     place = "" if log is None else f"; the whole log is {log}"
     if _FULL_DISK.search(told):
         return MachineError(f"the disk is full: {_what(task)} could not be written; free some room and build again")
-    if _TOO_LITTLE_MEMORY.search(told):
+    if TOO_LITTLE_MEMORY.search(told):
         return MachineError(
             f"there was too little memory for building {_what(task)}; end what else uses it, give --workspace a smaller"
             f" limit, or export with a smaller --max-context{place}"

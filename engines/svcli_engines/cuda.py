@@ -12,14 +12,17 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from svcli_engines.base import EngineError
+from svcli_engines.base import EngineError, MachineError
 
 HostArray = npt.NDArray[Any]
 Outcome = tuple[Any, ...]
 """An error code, and the result where there is one."""
 
 _OUT_OF_MEMORY = 2
-_NO_GPU = {35: "the NVIDIA driver is missing or too old", 100: "no NVIDIA GPU was found"}
+_NO_GPU = {
+    35: "the NVIDIA driver is missing, or older than the CUDA of cuda-bindings",
+    100: "no NVIDIA GPU was found",
+}
 """cudaErrorInsufficientDriver, cudaErrorNoDevice."""
 
 
@@ -60,7 +63,7 @@ class Cuda:
     """The first GPU: a stream, and what was allocated for it. Everything but allocation is ordered by the stream."""
 
     def __init__(self, runtime: CudaRuntime | None = None) -> None:
-        """Raises CudaError where there is no cuda-python, no driver or no GPU."""
+        """Raises MachineError where there is no cuda-bindings, no driver or no GPU."""
         self._runtime = _bindings() if runtime is None else runtime
         self._device: list[int] = []
         self._host: list[int] = []
@@ -101,6 +104,11 @@ class Cuda:
         """Waits for the stream. Errors of what was enqueued show here."""
         self._done("waiting for the GPU", self._runtime.cudaStreamSynchronize(self.stream))
 
+    def drain(self) -> None:
+        """Waits for the stream, whatever became of it."""
+        if not self._closed:
+            self._runtime.cudaStreamSynchronize(self.stream)
+
     def begin_capture(self) -> None:
         """What is enqueued from here on is recorded instead of run."""
         # Thread-local: what other threads do meanwhile is not our business.
@@ -132,8 +140,8 @@ class Cuda:
         """Frees everything, once. Errors are ignored: after a failure of the GPU nothing can be freed one by one."""
         if self._closed:
             return
+        self.drain()
         self._closed = True
-        self._runtime.cudaStreamSynchronize(self.stream)
         for graph in self._graphs:
             self._runtime.cudaGraphExecDestroy(graph)
         for address in self._device:
@@ -150,15 +158,15 @@ class Cuda:
         return int(self._done("asking for the GPU", self._runtime.cudaDeviceGetAttribute(attribute, 0)))
 
     def _done(self, what: str, outcome: Outcome) -> Any:
-        """The result of a call, if any. Raises CudaError for an error code."""
+        """The result of a call, if any. Raises MachineError for want of a GPU or of memory, CudaError for the rest."""
         error, *result = outcome
         code = int(error)
         if code == 0:
             return result[0] if result else None
         if code in _NO_GPU:
-            raise CudaError(f"{_NO_GPU[code]}; see what nvidia-smi says")
+            raise MachineError(f"{_NO_GPU[code]}; see what `svcli doctor` says")
         if code == _OUT_OF_MEMORY:
-            raise CudaError(
+            raise MachineError(
                 f"the GPU has too little free memory ({what}); end what else uses it, or export with a smaller context"
             )
         _, name = self._runtime.cudaGetErrorName(error)
@@ -174,5 +182,5 @@ def _bindings() -> CudaRuntime:
     try:
         runtime: CudaRuntime = importlib.import_module("cuda.bindings.runtime")
     except ModuleNotFoundError:
-        raise CudaError("cuda-python is needed for this and not installed: pip install cuda-bindings") from None
+        raise MachineError("cuda-bindings is needed for this and not installed: pip install cuda-bindings") from None
     return runtime

@@ -25,8 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10.0
-"""How long a driver or an import may take to answer."""
+SECONDS = 30.0
+"""How long an import or a driver may take to answer; one that nothing keeps awake wakes one GPU after the other."""
 PACKAGES: dict[str, tuple[str, ...]] = {
     "numpy": ("numpy",),
     "pillow": ("pillow",),
@@ -254,7 +254,7 @@ def _imported(module: str, expression: str) -> tuple[Any, str | None]:
 
 
 def find_cuda() -> Cuda:
-    """nvidia-smi names the GPUs where it is on the PATH; libcuda, which programs use, has the last word on the rest."""
+    """libcuda names the GPUs, in the order in which programs count them, and nvidia-smi the driver, or GPUs as well."""
     output, problem = _ask([*_PYTHON, __file__])
     if problem is None:
         data = json.loads(output)
@@ -271,7 +271,7 @@ def find_cuda() -> Cuda:
         reason = problem or "it names no GPU"
         return library if library.gpus else replace(library, problem=f"nvidia-smi: {reason}; {library.problem}")
     gpus = tuple(Gpu(name, _capability(number), _mebibytes(memory)) for _, name, number, memory in rows)
-    return replace(library, driver=rows[0][0], gpus=gpus, source="nvidia-smi")
+    return replace(library, driver=rows[0][0], gpus=library.gpus or gpus, source=library.source or "nvidia-smi")
 
 
 def read_libcuda(library: Any) -> Cuda:

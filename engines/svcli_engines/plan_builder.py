@@ -5,7 +5,6 @@ It prints what TensorRT and polygraphy print, and answers on a channel of its ow
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -17,8 +16,8 @@ from time import monotonic, perf_counter
 from types import new_class
 from typing import IO, Any
 
-from svcli_engines.base import EngineError
-from svcli_engines.builder_process import Answer, Built, Failure, Job, MachineError, Task, Tools
+from svcli_engines.base import MachineError
+from svcli_engines.builder_process import Answer, Built, Failure, Job, Task, Tools
 from svcli_engines.plans import Backend
 from svcli_engines.plugins.compile import CompilerMissing, DriverTooOld, TargetError, check_driver, find_compiler
 from svcli_engines.plugins.compile import target_for as plugin_target
@@ -117,7 +116,7 @@ def _done(task: Task, channel: Channel) -> Answer:
         if task.job is None:
             return Answer(tools=_tools(task))
         return Answer(built=_build(task, task.job, channel))
-    except (EngineError, MachineError, CompilerMissing, DriverTooOld, PluginError) as error:
+    except (MachineError, CompilerMissing, DriverTooOld, PluginError) as error:
         return Answer(failure=Failure(message=str(error), is_lack=True))
     except (RefusedError, TargetError, CompileError) as error:
         return Answer(failure=Failure(message=str(error), is_lack=False))
@@ -145,7 +144,9 @@ def _build(task: Task, job: Job, channel: Channel) -> Built:
         register_plugins(plugin_target(*_capability(job.target)))
     try:
         # A node with `plugin_namespace` takes a registered plugin before its body, and needs no parser flag for it.
-        network = loaders.NetworkFromOnnxPath(str(job.graph), strongly_typed=True)()
+        parsed = loaders.NetworkFromOnnxPath(str(job.graph), strongly_typed=True)()
+        # Attention of which there is no fused kernel for this GPU and these sizes is taken apart instead of refused.
+        network = loaders.SetDecomposableAttentions(parsed)()
         _check_network(network[1], job)
         timing_cache = None if job.timing_cache is None else str(job.timing_cache)
         config = _config(task.backend, module, loaders, job, channel)
@@ -153,7 +154,7 @@ def _build(task: Task, job: Job, channel: Channel) -> Built:
         scratch = None
         if job.runs_here:
             engine = loaders.EngineFromBytes(plan)()
-            _check_plan(module, engine, job)
+            _check_caches(engine, job)
             scratch = int(engine.device_memory_size_v2)
     except import_module("polygraphy.exception").PolygraphyException as error:
         raise RefusedError(str(error).strip().splitlines()[0]) from None
@@ -191,16 +192,17 @@ def _config(backend: Backend, module: Any, loaders: Any, job: Job, channel: Chan
     limits = None if job.workspace is None else {module.MemoryPoolType.WORKSPACE: job.workspace}
     common = {"profiles": profiles, "memory_pool_limits": limits, "progress_monitor": _monitor(module, channel.tell)}
     if backend == "tensorrt-rtx":
-        loader = import_module("polygraphy.backend.tensorrt_rtx").CreateConfigRTX
-        return loader(compute_capabilities=[_capability(job.target)], **common)
+        rtx = import_module("polygraphy.backend.tensorrt_rtx")
+        config = rtx.CreateConfigRTX(compute_capabilities=[_capability(job.target)], **common)
+        # A plan that allocates while it runs can neither be recorded nor work in memory of ours.
+        flag = module.BuilderFlag.REQUIRE_USER_ALLOCATION
+        return loaders.PostprocessConfig(config, lambda _builder, _network, made: made.set_flag(flag))
     known = job.timing_cache is not None and job.timing_cache.is_file()
     return loaders.CreateConfig(load_timing_cache=str(job.timing_cache) if known else None, **common)
 
 
 def _monitor(module: Any, tell: Callable[[float], bool]) -> Any:
-    """Tells how far the build is; TensorRT gives up where `tell` is False. None where TensorRT reports nothing."""
-    if not hasattr(module, "IProgressMonitor"):
-        return None
+    """Tells how far the build is; TensorRT gives up where `tell` is False."""
     phases = Phases()
 
     def start(_self: Any, name: str, parent: str | None, num_steps: int) -> None:
@@ -226,16 +228,11 @@ def _check_network(network: Any, job: Job) -> None:
         raise RefusedError(f"of {job.num_plugins} plugin nodes {layers[_PLUGIN]} took the plugin")
 
 
-def _check_plan(module: Any, engine: Any, job: Job) -> None:
-    """Raises RefusedError where the plan does not write its caches in place, or lost its plugins."""
+def _check_caches(engine: Any, job: Job) -> None:
+    """Raises RefusedError where the plan does not write its caches in place."""
     for past, present in job.caches.items():
         if engine.get_aliased_input_tensor(present) != past:
             raise RefusedError(f"the plan does not write {past} in place")
-    if job.num_plugins:
-        inspector = engine.create_engine_inspector()
-        told = inspector.get_engine_information(module.LayerInformationFormat.JSON)
-        if "plugin" not in json.dumps(json.loads(told)["Layers"]).lower():
-            raise RefusedError(f"the plan has no plugin, though the network had {job.num_plugins}")
 
 
 def _check_compiler(task: Task) -> None:

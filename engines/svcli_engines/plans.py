@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -86,6 +86,7 @@ class PlanRecord(_Strict):
     layout: EngineLayout
     precision: Precision
     max_context: int
+    """Rows of the longest prompt, as the plain model counts them."""
     capacity: int
     sources: dict[str, str]
     """sha256 of each graph and of the weights, from the bundle's manifest."""
@@ -107,16 +108,31 @@ class PlanSet:
     bundle: Path
     backend: Backend
     target: str
+    layout: EngineLayout = field(default="split", compare=False)
+    max_context: int | None = field(default=None, compare=False)
+    """Where plans are to be built for less than the bundle's."""
 
     @property
     def folder(self) -> Path:
         return self.bundle / PLANS_FOLDER / f"{self.backend}-{self.target}"
 
     @property
+    def log(self) -> Path:
+        """What was printed while they were built."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
     def command(self) -> str:
         """What builds them."""
-        bundle = shlex.quote(str(self.bundle))
-        return f"`svcli build-engine {bundle} --backend {self.backend} --target {self.target}`"
+        words = ["svcli", "build-engine", str(self.bundle), "--backend", self.backend, "--target", self.target]
+        words += [] if self.layout == "split" else ["--engine-layout", self.layout]
+        words += [] if self.max_context is None else ["--max-context", str(self.max_context)]
+        return f"`{shlex.join(words)}`"
+
+    def as_built(self, record: PlanRecord, contract: Contract) -> PlanSet:
+        """The same set, to be built as it was."""
+        shorter = record.max_context < contract.max_context
+        return replace(self, layout=record.layout, max_context=record.max_context if shorter else None)
 
 
 @dataclass(frozen=True)
@@ -138,9 +154,9 @@ def built_from(manifest: Manifest) -> dict[str, str]:
     return {name: manifest.files[name].sha256 for name in inputs}
 
 
-def write_record(plans: PlanSet, record: PlanRecord) -> None:
+def write_record(folder: Path, record: PlanRecord) -> None:
     """Writes plan.json beside the plans, in one move."""
-    path = plans.folder / RECORD_FILE
+    path = folder / RECORD_FILE
     unfinished = path.with_suffix(".json.tmp")
     unfinished.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
@@ -186,12 +202,13 @@ def check_fits(
     Without `facts` only the bundle and the files are looked at; without `check_files` plans are not hashed.
     """
     contract = manifest.contract
+    plans = plans.as_built(record, contract)
     if facts is not None:
         _check_runtime(plans, record, facts)
-    built = record.max_context, record.capacity, record.precision
-    wanted = contract.max_context, contract.capacity, contract.precision
-    if built != wanted:
-        was, now = (f"{context} rows of context ({rows} cached) in {kind}" for context, rows, kind in (built, wanted))
+    built, wanted = (record.capacity, record.precision), (contract.capacity, contract.precision)
+    if built != wanted or record.max_context > contract.max_context:
+        sides = (record.max_context, *built), (contract.max_context, *wanted)
+        was, now = (f"{context} rows of context ({rows} cached) in {kind}" for context, rows, kind in sides)
         raise refusal(plans, f"built for {was}, and the bundle has {now}")
     sources = built_from(manifest)
     if record.sources != sources:
@@ -263,7 +280,7 @@ def _sizes(contract: Contract, phase: GraphName) -> Mapping[str, tuple[int, int,
 
 
 def _check_runtime(plans: PlanSet, record: PlanRecord, facts: RuntimeFacts) -> None:
-    here = PlanSet(plans.bundle, facts.backend, facts.target)
+    here = replace(plans, backend=facts.backend, target=facts.target)
     if record.backend != facts.backend:
         raise refusal(plans, f"{record.backend} built them and {facts.backend} is to run them", here)
     if record.backend_version != facts.version:

@@ -5,6 +5,7 @@ Imports neither torch nor TensorRT; making an engine imports the latter, and cud
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from svcli_engines.plans import (
     load_record,
     phase_spec,
 )
+from svcli_engines.plugins.compile import cache_folder
 from svcli_engines.tensorrt_runtime import STORAGE, LoadedPlan, Phase, Shape, TensorRT, num_bytes
 from svcli_export.contract import CACHE_PARTS, CachePart, GraphName, past_name, present_name
 from svcli_export.manifest import Manifest
@@ -70,19 +72,23 @@ class TensorRTEngine:
     ) -> None:
         """`check_files`: hash the plans first. `tensorrt`, `cuda`: modules to use instead of those installed.
 
-        Raises EngineError where TensorRT, CUDA or a GPU is missing or memory is short, PlanError for plans that do
+        Raises MachineError where TensorRT, CUDA or a GPU is missing or memory is short, PlanError for plans that do
         not fit.
         """
         start = perf_counter()
         self._contract = manifest.contract
         self._phases: dict[PhaseName, Phase] = {}
+        self._tensorrt: TensorRT | None = None
         self._cuda = Cuda(cuda)
         try:
-            runtime = TensorRT(backend, self._cuda, tensorrt)
+            self._tensorrt = runtime = TensorRT(backend, self._cuda, tensorrt)
             plans = PlanSet(bundle, backend, self._cuda.target)
             record = load_record(plans)
+            plans = plans.as_built(record, self._contract)
             facts = RuntimeFacts(backend, runtime.version, self._cuda.target)
             check_fits(plans, record, manifest, facts, check_files=check_files)
+            built = hashlib.sha256("".join(plan.sha256 for plan in record.plans.values()).encode()).hexdigest()
+            runtime.keep_kernels(cache_folder() / f"{plans.folder.name}-{runtime.version}-{built[:16]}.bin")
             loaded = {file: LoadedPlan(plans, file, runtime.load(plans, file)) for file in record.plans}
             self._prepare(runtime, loaded, record.layout)
         except BaseException:
@@ -157,6 +163,10 @@ class TensorRTEngine:
         self._length = self._next_position = 0
 
     def close(self) -> None:
+        self._cuda.drain()
+        if self._tensorrt is not None:
+            self._tensorrt.close()
+            self._tensorrt = None
         self._phases.clear()
         self._cuda.close()
 
@@ -209,7 +219,7 @@ class TensorRTEngine:
         phase.set_shapes(phase.shapes(feeds))
         staged, result = self._stage(phase, feeds), self._result(phase, output, count)
         self._submit(phase, staged, output, result)
-        return self._finish(phase, output, result)
+        return self._finish(result)
 
     def _run_step(self, feeds: Mapping[str, Array]) -> Array:
         """Runs one id. Its inputs have fixed places, so that after the warm-up a captured graph does it all."""
@@ -222,7 +232,7 @@ class TensorRTEngine:
             self._submit(phase, staged, "logits", result)
         else:
             self._cuda.launch(self._graph)
-        return self._finish(phase, "logits", result)
+        return self._finish(result)
 
     def _capture(self, phase: Phase, staged: Mapping[str, Array], result: Array) -> None:
         """Makes a graph of one step, copies included. Where that fails, `decode_mode` says why."""
@@ -237,6 +247,9 @@ class TensorRTEngine:
         except EngineError as error:
             self._cuda.abandon_capture()
             self.decode_mode = f"eager: {error}"
+        except BaseException:
+            self._cuda.abandon_capture()
+            raise
 
     def _stage(self, phase: Phase, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Those of `feeds` that the phase takes, in its dtypes, where the GPU can fetch them."""
@@ -257,14 +270,8 @@ class TensorRTEngine:
         phase.enqueue()
         self._cuda.to_host(result, self._buffers[output].address)
 
-    def _finish(self, phase: Phase, output: str, result: Array) -> Array:
-        """Waits, and takes the result out of the buffer that the next run writes. Logits are always fp32."""
+    def _finish(self, result: Array) -> Array:
+        """Waits, and takes the result out of the buffer that the next run writes."""
         self._cuda.synchronize()
-        taken: Array
-        if output != "logits":
-            taken = result.copy()
-        elif phase.dtype(output) == "bfloat16":
-            taken = (result.astype(np.uint32) << 16).view(np.float32)
-        else:
-            taken = result.astype(np.float32)
+        taken: Array = result.copy()
         return taken

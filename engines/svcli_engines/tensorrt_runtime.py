@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib
 import math
 import mmap
+import os
+import re
+import tempfile
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from svcli_engines.base import EngineError
+from svcli_engines.base import EngineError, MachineError
 from svcli_engines.cuda import Cuda
 from svcli_engines.plans import Backend, PlanSet, refusal
 from svcli_export.contract import GraphSpec, TensorSpec
@@ -23,12 +28,12 @@ Shape = tuple[int, ...]
 STORAGE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(np.uint16),
     "int64": np.dtype(np.int64),
 }
-"""numpy has no bfloat16: its bits."""
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 """TensorRT's names to the contract's."""
+TOO_LITTLE_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|cannot allocate memory|MemoryError", re.IGNORECASE)
+"""How TensorRT, C++ and Python say it."""
 _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _REMEDIES: dict[Backend, str] = {
     "tensorrt": "install TensorRT 10.15 or newer with its Python package",
@@ -40,13 +45,26 @@ class TensorRT:
     """The module, its log and its run time, on one stream."""
 
     def __init__(self, backend: Backend, cuda: Cuda, module: Any = None) -> None:
-        """`module`: instead of the one that is installed. Raises EngineError where none is."""
+        """`module`: instead of the one that is installed. Raises MachineError where none is, or it does not start."""
         self._module = import_backend(backend) if module is None else module
         self.version = str(self._module.__version__)
         self.cuda = cuda
         self._errors: list[str] = []
         self._log = _log(self._module, self._errors)
-        self._runtime = self._module.Runtime(self._log)
+        try:
+            self._runtime = self._module.Runtime(self._log)
+        except (TypeError, RuntimeError):  # what the bindings make of a null pointer
+            raise MachineError(f"TensorRT {self.version} could not be started ({self.reason()})") from None
+        self._kernels: KernelCache | None = None
+
+    def keep_kernels(self, path: Path) -> None:
+        """Contexts from here on take the kernels that TensorRT-RTX compiles on this GPU from the file `path`."""
+        self._kernels = KernelCache(path)
+
+    def close(self) -> None:
+        """Keeps the kernels that were compiled."""
+        if self._kernels is not None:
+            self._kernels.write()
 
     def load(self, plans: PlanSet, file: str) -> Any:
         """The deserialised plan. Raises PlanError where it cannot be read, EngineError for lack of memory."""
@@ -54,22 +72,27 @@ class TensorRT:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             reason = self.reason()
-            if "memory" in reason.lower():
-                raise EngineError(f"the GPU has too little free memory for {file}; end what else uses it ({reason})")
+            if TOO_LITTLE_MEMORY.search(reason):
+                raise MachineError(f"the GPU has too little free memory for {file}; end what else uses it ({reason})")
             raise refusal(plans, f"TensorRT {self.version} cannot read {file} ({reason})")
         return engine
 
     def context(self, engine: Any, profile: int, scratch: tuple[int, int], *, captured: bool) -> Any:
-        """A context for one profile that works in `scratch`, an address and a size."""
+        """A context for one profile that works in `scratch`, an address and a size. Raises EngineError."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self._module.ExecutionContextAllocationStrategy.USER_MANAGED)
         specialization = getattr(self._module, "DynamicShapesKernelSpecializationStrategy", None)
         if captured and specialization is not None:
             # TensorRT-RTX compiles kernels for a shape while makeshift ones run; a graph would keep those for good.
             config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        if self._kernels is not None:
+            self._kernels.attach(config)
         context = engine.create_execution_context(config)
         self.need(context is not None, "TensorRT made no execution context")
-        self.need(context.set_optimization_profile_async(profile, self.cuda.stream), f"it refused profile {profile}")
+        try:
+            context.set_optimization_profile_async(profile, self.cuda.stream)
+        except RuntimeError:
+            raise EngineError(f"TensorRT refused profile {profile} ({self.reason()})") from None
         self.cuda.synchronize()
         context.set_device_memory(*scratch)
         return context
@@ -84,6 +107,43 @@ class TensorRT:
         first = (self._errors or ["it gave no reason"])[0]
         self._errors.clear()
         return " ".join(first.split())
+
+
+class KernelCache:
+    """Kernels that TensorRT-RTX compiled on this GPU, in a file: without it every start compiles them anew.
+
+    TensorRT itself refuses what another version, GPU or driver has written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+        self._written = b""
+
+    def attach(self, config: Any) -> None:
+        """Has contexts of this configuration use the cache; TensorRT proper compiles nothing, and has none."""
+        if not hasattr(config, "create_runtime_cache"):
+            return
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            with suppress(OSError):
+                found = self._path.read_bytes()
+                self._written = found if self._cache.deserialize(found) else b""
+        config.set_runtime_cache(self._cache)
+
+    def write(self) -> None:
+        """Writes what is new, atomically. That it cannot be written is no failure."""
+        if self._cache is None:
+            return
+        kernels = bytes(self._cache.serialize())
+        if kernels == self._written:
+            return
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
+                file.write(kernels)
+            os.replace(file.name, self._path)
+            self._written = kernels
 
 
 @dataclass(frozen=True)
@@ -109,9 +169,8 @@ class LoadedPlan:
 
     def check_caches(self, caches: Mapping[str, str]) -> None:
         """Raises PlanError where a cache (past name to present name) would be copied instead of written in place."""
-        aliased = getattr(self.engine, "get_aliased_input_tensor", None)
         for past, present in caches.items():
-            if aliased is not None and aliased(present) != past:
+            if self.engine.get_aliased_input_tensor(present) != past:
                 raise self._refusal(f"does not write {past} in place")
 
     def range(self, tensor: TensorSpec, profile: int) -> tuple[Shape, Shape]:
@@ -124,11 +183,9 @@ class LoadedPlan:
     def _dtype(self, tensor: TensorSpec, mode: str) -> str:
         name, engine = tensor.name, self.engine
         dtype = _DTYPES.get(engine.get_tensor_dtype(name).name, "another type")
-        # A plan may leave the logits in its own precision.
-        fits = dtype == tensor.dtype or (name == "logits" and dtype in ("float16", "bfloat16"))
         shape = tuple(each if isinstance(each, int) else -1 for each in tensor.shape)
         found = tuple(engine.get_tensor_shape(name))
-        if not fits or found != shape:
+        if dtype != tensor.dtype or found != shape:
             raise self._refusal(f"has {name} as {dtype} {list(found)} instead of {tensor.dtype} {list(shape)}")
         if engine.get_tensor_mode(name).name != mode:
             raise self._refusal(f"does not have {name} as {mode.lower()}")
@@ -210,7 +267,8 @@ class Phase:
                 not low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
             ):
                 was = f"takes {name} of {list(smallest)} to {list(largest)}, not {list(shape)}"
-                raise refusal(self._plan.plans, f"{self._plan.file} {was}")
+                whole = replace(self._plan.plans, max_context=None)
+                raise refusal(whole, f"{self._plan.file} {was}")
             self._tensorrt.need(self._context.set_input_shape(name, shape), f"TensorRT refused {name} of {list(shape)}")
 
     def capturable(self) -> bool:
@@ -229,11 +287,12 @@ def num_bytes(shape: Shape, dtype: str) -> int:
 
 
 def import_backend(backend: Backend) -> Any:
+    """Raises MachineError where it is not installed, or cannot be loaded."""
     try:
         return importlib.import_module(_MODULES[backend])
     except (ImportError, OSError) as error:  # OSError: bindings without their libraries
         found = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({error})"
-        raise EngineError(f"{_MODULES[backend]} {found}: {_REMEDIES[backend]}") from None
+        raise MachineError(f"{_MODULES[backend]} {found}: {_REMEDIES[backend]}") from None
 
 
 def _log(module: Any, errors: list[str]) -> Any:

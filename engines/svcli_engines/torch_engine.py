@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from skipvision.cost import kv_bytes
 from skipvision.layout import BatchLayout, TokenLayout
-from svcli_engines.base import EngineError, Logits, Pixels, Visual, check_extend, check_prefill
+from svcli_engines.base import Logits, MachineError, Pixels, Visual, check_extend, check_prefill
 from svcli_export.contract import CachePart
 from svcli_export.manifest import Manifest
 
@@ -46,7 +46,7 @@ class TorchEngine:
     ) -> None:
         """`capacity`: rows of the KV cache. `compiled`: by torch.compile, which takes its time at the first new id.
 
-        Raises CheckpointError for an unusable checkpoint, EngineError for `cuda` where PyTorch finds none.
+        Raises CheckpointError for an unusable checkpoint, MachineError for `cuda` where PyTorch finds none.
         """
         start = perf_counter()
         from skipvision.checkpoint import load_checkpoint
@@ -67,7 +67,7 @@ class TorchEngine:
 
         In fp32, on CUDA in fp16 where the bundle computes in that, which a CPU does slowly.
 
-        Raises BundleError or CheckpointError where they are unusable, EngineError as above.
+        Raises BundleError or CheckpointError where they are unusable, MachineError as above.
         """
         start = perf_counter()
         from svcli_export.restore import original_model, restore_model
@@ -91,7 +91,7 @@ class TorchEngine:
         import torch
 
         if device == "cuda" and not torch.cuda.is_available():
-            raise EngineError("this PyTorch finds no CUDA; use the device cpu, or see what nvidia-smi says")
+            raise MachineError("this PyTorch finds no CUDA; see what `svcli doctor` says, or use the CPU")
         self.name = f"torch-{device}"
         self.precision = str(precision)
         self.decode_mode = "eager" if device == "cpu" else "warming up"

@@ -19,8 +19,9 @@ from typer.testing import CliRunner, Result
 from svcli.app import app
 from svcli.errors import explain
 from svcli_engines import tensorrt_engine
+from svcli_engines.base import MachineError
 from svcli_engines.build_options import BuildOptionError, LocalGpu
-from svcli_engines.builder_process import BuildError, MachineError
+from svcli_engines.builder_process import BuildError
 from svcli_engines.plans import Backend, PlanSet
 from svcli_export.bundle import export_bundle
 from svcli_export.manifest import load_manifest
@@ -30,6 +31,7 @@ from tests.engines.fake_tensorrt import FakeTensorRT
 from tests.engines.workshop import HERE, NOWHERE, SHARED, SPLIT, VERSION, Workshop, open_workshop
 
 RTX = ("--backend", "tensorrt-rtx", "--target", "sm_89")
+SET = f"tensorrt-rtx {VERSION} for sm_89, split layout, fp16, prompts up to 96 rows"
 
 
 def svcli(*arguments: str | Path, code: int = 0) -> Result:
@@ -63,7 +65,7 @@ def fp16(exported_fp16: Path, tmp_path: Path) -> Path:
 def test_plans_are_shown_with_the_memory_that_either_layout_takes(fp16: Path) -> None:
     done = svcli("build-engine", fp16, *RTX)
     shown = lines(done.stdout)
-    assert shown[0] == f"{fp16}/plans/tensorrt-rtx-sm_89: tensorrt-rtx {VERSION} for sm_89, split layout, fp16"
+    assert shown[0] == f"{fp16}/plans/tensorrt-rtx-sm_89: {SET}"
     assert [line.split()[:2] for line in shown[2:5]] == [[name, "7"] for name in SPLIT]
     assert all(line.endswith("none built in 1.00 s") for line in shown[2:5])
     assert any(re.fullmatch("weights, split .+: prefill and decode hold a copy each, as built", line) for line in shown)
@@ -185,7 +187,7 @@ def test_inspect_shows_plans(fp16: Path) -> None:
     done = svcli("inspect", fp16)
     assert done.stderr == ""
     shown = lines(done.stdout)
-    title = f"{fp16}/plans/tensorrt-rtx-sm_89: tensorrt-rtx {VERSION} for sm_89, split layout, fp16"
+    title = f"{fp16}/plans/tensorrt-rtx-sm_89: {SET}"
     first = shown.index(title) + 2
     assert [line.split()[0] for line in shown[first : first + 3]] == SPLIT
     assert all(line.endswith("none ok") for line in shown[first : first + 3])

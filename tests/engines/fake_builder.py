@@ -47,8 +47,8 @@ class MemoryPoolType(enum.Enum):
     WORKSPACE = 0
 
 
-class LayerInformationFormat(enum.Enum):
-    JSON = 1
+class BuilderFlag(enum.Enum):
+    REQUIRE_USER_ALLOCATION = 20
 
 
 class PolygraphyException(Exception):
@@ -82,6 +82,7 @@ class Network:
         kind = "SCATTER" if fault() == "scatter" else "KV_CACHE_UPDATE"
         self.layers = [kind] * data.count(b"TensorScatter") + ["PLUGIN_V3"] * plugin_layers + ["SHUFFLE"]
         self.num_layers = len(self.layers)
+        self.decomposable = False
 
     def get_layer(self, number: int) -> Any:
         return SimpleNamespace(type=SimpleNamespace(name=self.layers[number]))
@@ -98,13 +99,31 @@ class NetworkFromOnnxPath:
         return self.path, Network(self.path.read_bytes()), "parser"
 
 
+class SetDecomposableAttentions:
+    def __init__(self, network: tuple[Any, Network, Any]) -> None:
+        self.network = network
+
+    def __call__(self) -> tuple[Any, Network, Any]:
+        self.network[1].decomposable = True
+        return self.network
+
+
 class CreateConfig:
     def __init__(self, **options: Any) -> None:
         self.options = options
+        self.flags: list[str] = []
+
+    def set_flag(self, flag: BuilderFlag) -> None:
+        self.flags.append(flag.name)
 
 
 class CreateConfigRTX(CreateConfig):
     pass
+
+
+def PostprocessConfig(config: CreateConfig, change: Callable[[Any, Any, CreateConfig], None]) -> CreateConfig:
+    change(None, None, config)
+    return config
 
 
 class EngineBytesFromNetwork:
@@ -127,6 +146,8 @@ class EngineBytesFromNetwork:
             "rtx": os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX"),
             "limits": {pool.name: limit for pool, limit in limits.items()},
             "timing_cache": self.timing_cache,
+            "flags": self.config.flags,
+            "decomposable": self.network[1].decomposable,
             **options,
         }
         return json.dumps(asked).encode()
@@ -142,14 +163,6 @@ class EngineFromBytes:
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return None if fault() == "copy" else name.replace("present.", "past_key_values.")
-
-    def create_engine_inspector(self) -> EngineFromBytes:
-        return self
-
-    def get_engine_information(self, form: LayerInformationFormat) -> str:
-        assert form is LayerInformationFormat.JSON
-        kinds = ["Gather"] if fault() == "inlined" else ["Gather", "PluginV3"]
-        return json.dumps({"Layers": [{"LayerType": kind} for kind in kinds]})
 
 
 def fault() -> str:

@@ -48,7 +48,7 @@ VERSION = "10.15.1"
 TARGET = "sm_89"
 SCRATCH = {"vision.plan": 5000, "prefill.plan": 9000, "decode.plan": 700, "decoder.plan": 9100}
 _MAGIC = b"plan"
-_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
+_NAMES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "int32": "INT32"}
 _PHASES: tuple[GraphName, ...] = ("vision", "prefill", "decode")
 
 Edit = Callable[[str, dict[str, Any]], None]
@@ -100,7 +100,7 @@ def build_plans(
         sources=built_from(manifest),
         plans=files,
     )
-    write_record(plans, record)
+    write_record(plans.folder, record)
     return plans
 
 
@@ -140,23 +140,28 @@ class Logger:
 
 
 class FakeTensorRT:
-    """The module. `refuses` names what fails: `context`, `profile`, `address`, `shape`, `run`, `capture`, `memory`."""
+    """The module. `refuses` names what fails: `start`, `memory`, `context`, `profile`, `address`, `shape`, `run` or
+    `capture`."""
 
     ILogger = Logger
     ExecutionContextAllocationStrategy = SimpleNamespace(STATIC=0, USER_MANAGED=2)
 
-    def __init__(self, cuda: FakeCuda, *, rtx: bool = False, version: str = VERSION, aliases: bool = True) -> None:
+    def __init__(self, cuda: FakeCuda, *, rtx: bool = False, version: str = VERSION) -> None:
         self.__version__ = version
         self.cuda, self.rtx = cuda, rtx
         self.refuses: set[str] = set()
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.runs: list[tuple[str, int]] = []
         """Plan's graph and the number of rows or pictures of each run."""
-        self.engine_type = AliasingEngine if aliases else Engine
+        self.kernels: list[str] = []
+        """Compiled in this process, by TensorRT-RTX."""
         if rtx:
             self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY=0, EAGER=1)
 
     def Runtime(self, logger: Logger) -> Runtime:
+        if "start" in self.refuses:
+            logger.log(Logger.ERROR, "no driver today")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         return Runtime(self, logger)
 
 
@@ -177,7 +182,7 @@ class Runtime:
             self.logger.log(Logger.ERROR, "magicTag assertion\n failed")
             self.logger.log(Logger.ERROR, "something that follows from it")
             return None
-        return self.module.engine_type(self.module, self.logger, json.loads(data[len(_MAGIC) :]))
+        return Engine(self.module, self.logger, json.loads(data[len(_MAGIC) :]))
 
 
 class Engine:
@@ -208,8 +213,12 @@ class Engine:
         shapes: list[list[int]] = self.plan["profiles"][profile_index][name]
         return shapes
 
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        alias: str | None = self.plan["aliases"].get(name)
+        return alias
+
     def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig()
+        return RtxRuntimeConfig(self.module) if self.module.rtx else RuntimeConfig()
 
     def create_execution_context(self, runtime_config: RuntimeConfig) -> Context | None:
         assert runtime_config.strategy == FakeTensorRT.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -217,14 +226,6 @@ class Engine:
             self.logger.log(Logger.INTERNAL_ERROR, "no context today")
             return None
         return (RtxContext if self.module.rtx else Context)(self, runtime_config)
-
-
-class AliasingEngine(Engine):
-    """A TensorRT that tells which outputs are written in place."""
-
-    def get_aliased_input_tensor(self, name: str) -> str | None:
-        alias: str | None = self.plan["aliases"].get(name)
-        return alias
 
 
 class RuntimeConfig:
@@ -235,6 +236,43 @@ class RuntimeConfig:
 
     def set_execution_context_allocation_strategy(self, strategy: int) -> None:
         self.strategy = strategy
+
+
+class RuntimeCache:
+    """What TensorRT-RTX has compiled: the names of plans."""
+
+    def __init__(self, module: FakeTensorRT) -> None:
+        self.module, self.known = module, list[str]()
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(_MAGIC):
+            return False
+        self.known = json.loads(blob[len(_MAGIC) :])
+        return True
+
+    def serialize(self) -> memoryview:
+        return memoryview(_MAGIC + json.dumps(self.known).encode())
+
+    def compile(self, kernel: str) -> None:
+        if kernel not in self.known:
+            self.known.append(kernel)
+            self.module.kernels.append(kernel)
+
+
+class RtxRuntimeConfig(RuntimeConfig):
+    """Of TensorRT-RTX, which compiles kernels where it runs."""
+
+    cache: RuntimeCache | None = None
+
+    def __init__(self, module: FakeTensorRT) -> None:
+        self.module = module
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self.module)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
 
 
 @dataclass(frozen=True)
@@ -262,7 +300,7 @@ class Context:
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self.engine.module.cuda.enqueue(stream_handle, Work(lambda: None))
         if self._refused("profile") or profile_index >= len(self.engine.plan["profiles"]):
-            return False
+            raise RuntimeError("Error in set optimization profile async.")  # which is how the bindings say no
         self.profile, self.shapes = profile_index, {}
         return True
 
@@ -338,9 +376,11 @@ class Context:
         outputs = [name for name, mode in modes.items() if mode == "OUTPUT"]
         path = Path(self.engine.plan["graph"])
         rows = feeds["pixels" if "pixels" in feeds else "position_ids"]
+        if isinstance(self.config, RtxRuntimeConfig) and self.config.cache is not None:
+            self.config.cache.compile(path.stem)
         self.engine.module.runs.append((path.stem, len(rows) if "pixels" in feeds else rows.shape[1]))
         for name, value in zip(outputs, _session(path).run(outputs, feeds), strict=True):
-            self._memory(name, job)[...] = _as(value, self.engine.tensors[name]["dtype"])
+            self._memory(name, job)[...] = value
 
     def _refused(self, what: str) -> bool:
         return what in self.engine.module.refuses and not self._error(f"{what} refused")
@@ -359,12 +399,6 @@ class RtxContext(Context):
         eager = self.engine.module.DynamicShapesKernelSpecializationStrategy.EAGER
         assert self.config.dynamic_shapes_kernel_specialization_strategy == eager
         return "capturable" not in self.engine.module.refuses
-
-
-def _as(value: np.ndarray[Any, np.dtype[Any]], dtype: str) -> np.ndarray[Any, np.dtype[Any]]:
-    if dtype == "bfloat16":
-        return (value.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return value.astype(STORAGE[dtype])
 
 
 @lru_cache(maxsize=16)

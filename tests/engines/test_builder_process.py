@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from svcli_engines import builder_process, plan_builder
-from svcli_engines.builder_process import Answer, BuildError, Job, MachineError, Task, Tools, build, find_tools
+from svcli_engines.base import MachineError
+from svcli_engines.builder_process import Answer, BuildError, Job, Task, Tools, build, find_tools
 from svcli_engines.plan_builder import Channel, Phases
 from svcli_engines.plans import Backend, ShapeRange
 from tests.engines import fake_builder
@@ -113,6 +114,8 @@ def test_what_is_asked_for_reaches_polygraphy(tmp_path: Path) -> None:
         "rtx": "1",
         "limits": {"WORKSPACE": 5 << 20},
         "timing_cache": None,
+        "flags": ["REQUIRE_USER_ALLOCATION"],
+        "decomposable": True,
         "compute_capabilities": [[8, 9]],
         "profiles": [{"input_ids": [[1, 1], [1, 1], [1, 64]]}],
     }
@@ -231,7 +234,7 @@ def test_tensorrt_takes_our_plugins(inside: list[str], tmp_path: Path) -> None:
     assert (answer.built.version, answer.built.num_layers) == ("11.4", 5)
     assert inside == ["sm_89"]
     asked = json.loads((tmp_path / "decode.plan").read_bytes())
-    assert (asked["config"], asked["load_timing_cache"]) == ("CreateConfig", None)
+    assert (asked["config"], asked["load_timing_cache"], asked["flags"]) == ("CreateConfig", None, [])
 
 
 def test_plugins_of_an_unlisted_gpu_are_those_of_the_nearest_older_one(inside: list[str], tmp_path: Path) -> None:
@@ -246,23 +249,12 @@ def test_rtx_never_sees_a_plugin(inside: list[str], tmp_path: Path) -> None:
     assert inside == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "fault", "words"),
-    [
-        ({"num_plugins": 3}, "", "of 3 plugin nodes 2 took the plugin"),
-        ({"num_plugins": 2, "runs_here": True}, "inlined", "the plan has no plugin, though the network had 2"),
-    ],
-    ids=["network", "plan"],
-)
-def test_a_plugin_that_was_not_taken_is_noticed(
-    inside: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], fault: str, words: str
-) -> None:
+def test_a_plugin_that_was_not_taken_is_noticed(inside: list[str], tmp_path: Path) -> None:
     del inside
     fake_builder.plugin_layers = 2
-    monkeypatch.setenv("SVCLI_FAULT", fault)
-    failure = done(task(tmp_path, "tensorrt", **changes)).failure
+    failure = done(task(tmp_path, "tensorrt", num_plugins=3)).failure
     assert failure is not None
-    assert words in failure.message
+    assert "of 3 plugin nodes 2 took the plugin" in failure.message
     assert not failure.is_lack
 
 

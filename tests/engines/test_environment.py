@@ -295,10 +295,9 @@ int cuDeviceTotalMem_v2(size_t *size, int device) { *size = (size_t)48 << 30; re
 """
 
 
-@pytest.mark.usefixtures("no_tools")
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to make a libcuda with")
-def test_libcuda_is_asked_in_a_process_of_its_own(
-    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_libcuda_is_asked_in_a_process_of_its_own_and_orders_the_gpus(
+    exported: Exported, tmp_path: Path, no_tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "libcuda.c"
     source.write_text(FAKE_LIBCUDA)
@@ -313,6 +312,10 @@ def test_libcuda_is_asked_in_a_process_of_its_own(
     found = look(exported.bundle, PLACES).cuda
     assert found.gpus == (Gpu("Test GPU 0", "5.6", 48 << 30),)
     assert (found.cuda, found.source, found.problem) == ("12.8", "libcuda", None)
+    # nvidia-smi counts by slot, and does not know which of them this process may see.
+    nvidia_smi(no_tools, 'printf "570.1, Other GPU, 8.0, 40960\\n570.1, Test GPU 0, 5.6, 49152\\n"')
+    beside = look(exported.bundle, PLACES).cuda
+    assert (beside.driver, beside.gpus, beside.source) == ("570.1", found.gpus, "libcuda")
 
 
 def test_the_model_is_hashed(found: Environment, exported: Exported, tmp_path: Path) -> None:

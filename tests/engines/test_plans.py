@@ -72,7 +72,7 @@ def test_what_was_just_built_fits(exported: Exported, bundle: Path, layout: Any)
 
 def test_record_comes_back_as_it_was_written(plans: PlanSet) -> None:
     record = load_record(plans)
-    write_record(plans, record)
+    write_record(plans.folder, record)
     assert load_record(plans) == record
 
 
