@@ -31,7 +31,8 @@ test: $(TEST_STAMP)
 	.venv/bin/python -m pytest
 
 gpu-check:
-	@$(PYTHON) -m benchmarks.gpu_check
+	@PYTHONPATH=.:export:engines $(PYTHON) -m benchmarks.gpu_check
+	@PYTHONPATH=.:export:engines $(PYTHON) -m benchmarks.gpu_engine
 
 format: $(TEST_STAMP)
 	.venv/bin/python -m ruff check --fix .

@@ -237,12 +237,29 @@ def kernels() -> str:
     return table(header, rows) + f"\n\n{found['checked']:,} cases answered as PyTorch does. {_on_gpu(found)}"
 
 
+def gpu_engine() -> str:
+    """PyTorch's engine on a GPU, dense against skipped."""
+    found = result("gpu_engine")
+    titles = {"vision": "vision", "prefill": "prefill", "decode_token": "decode, one token"}
+    rows = []
+    for stage, title in titles.items():
+        figures = found["stages"][stage]
+        share = figures["ratio"]
+        rows.append([title, *(seconds(figures[name]["median"]) for name in ("dense", "skipped"))])
+        rows[-1] += [f"{share['ratio']:.2f}", f"{share['low']:.2f} to {share['high']:.2f}"]
+    return (
+        table(["", "dense", "skipped", "ratio", "95 %"], rows)
+        + f"\n\nThe bundled model, {found['precision']}, decoding compiled and as a captured graph; answers agree with"
+        + f" the CPU's in {len(found['checks'])} modes. {_on_gpu(found)}"
+    )
+
+
 def gpu() -> str:
     """7B models, dense against skipped."""
     found = result("gpu_speed")
     rows = []
     for case in found["cases"]:
-        name = f"{case['model']}, {case['setting']}, batch {case['batch']}"
+        name = f"{case['model']}, {case['setting']}, batch {case['batch']}{', compiled' if case['compiled'] else ''}"
         kept = case["kv_bytes"]
         cells = [_gpu_cell(case[stage]) for stage in ("vision", "prefill", "decode_token")]
         rows.append([name, *cells, " -> ".join(mebibytes(kept[each]) for each in ("dense", "skipped"))])
@@ -259,6 +276,8 @@ def gpu() -> str:
 def _gpu_cell(stage: Any) -> str:
     if "out_of_memory" in stage:
         return "out of memory"
+    if "failed" in stage:
+        return "failed"
     times = {name: seconds(each["median"]) for name, each in stage["seconds"].items()}
     cell = f"{times['dense']} -> {times['skipped']} ({stage['times_roofline']['skipped']:.2f})"
     return f"{cell} \\| {times['transformers']}" if "transformers" in times else cell
@@ -306,6 +325,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "selection": selection,
     "kernels": kernels,
     "gpu": gpu,
+    "gpu_engine": gpu_engine,
     "model": model,
     "vocabulary": vocabulary,
 }

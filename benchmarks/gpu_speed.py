@@ -1,26 +1,32 @@
 """Dense against skipped at the sizes of 7B models on a CUDA GPU, beside what the GPU can do and beside transformers.
 
-    python -m benchmarks.gpu_speed [--models llama-7b llama-3-8b] [--batches 1 32] [--rounds N]
+    python -m benchmarks.gpu_speed [--models llama-7b llama-3-8b] [--settings 0 1 2 3] [--batches 1 32] [--rounds N]
+                                   [--compiled] [--result FILE]
 
 Weights are random, in bf16: times depend on sizes alone. In every round the dense model, the skipped one and
-transformers' Llama run once, on the same weights; the first rounds do not count. Decoding is one token at the length of
-the prompt, ours compiled and as a captured CUDA graph, transformers' as `generate` runs it. A stage is also given as a
-multiple of its roofline: the longer of its FLOPs at the rate of a matrix product, and of its bytes at the rate of a
-copy, both measured in this run.
+transformers' Llama run once, on the same weights; the first rounds do not count. Prefill and one decoded token, at the
+length of the prompt, are ours as captured CUDA graphs, so that no launch waits for Python; decoding also goes through
+torch.compile where that is asked for, which takes its time. transformers runs as its `generate` does. A stage is also
+given as a multiple of its roofline: the longer of its FLOPs at the rate of a matrix product, and of its bytes at the
+rate of a copy, both measured in this run.
 
-Needs torch with CUDA; without transformers its columns are left out, aloud. Exit code 3 where there is no CUDA device.
+Results are written after every case, and join those of the same day and GPU in FILE, so that a run may be cut into
+several. A stage that fails says why. Needs torch with CUDA; without transformers its columns are left out, aloud.
+Exit code 3 where there is no CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -32,8 +38,8 @@ from skipvision.config import ModelConfig, SkipConfig, TextConfig, VisionConfig
 from skipvision.cost import decode_flops, decoder_flops, encoder_flops, head_flops, kv_bytes, projector_flops
 from skipvision.decoder import KVCache
 from skipvision.layout import BatchLayout, ImageSpan, TokenLayout
-from skipvision.model import SkipVisionModel
-from svcli_engines.torch_engine import compile_step
+from skipvision.model import BatchTensors, SkipVisionModel
+from svcli_engines.torch_steps import compile_step, reason
 
 RESULT = RESULTS / "gpu_speed.json"
 Stage = Literal["vision", "prefill", "decode_token"]
@@ -114,8 +120,13 @@ def variants(text: TextConfig, vision: VisionConfig, setting: Setting, device: s
         projector_norm=False,
         projector_position=False,
     )
-    with torch.device(device):
-        skipped = SkipVisionModel(config).to(torch.bfloat16)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # in fp32 it would take twice the memory, for a moment
+    try:
+        with torch.device(device):
+            skipped = SkipVisionModel(config)
+    finally:
+        torch.set_default_dtype(default)
     models = {"dense": skipped.with_skip(None), "skipped": skipped}
     return {name: Variant(model.eval(), _layout(model.config, setting)) for name, model in models.items()}
 
@@ -194,7 +205,8 @@ class Peer:
         with torch.device("meta"):
             self.model: Any = llama.LlamaForCausalLM(config)
         self.model.load_state_dict(dict(llama_weights(dense)), assign=True)
-        self.model.model.rotary_emb = llama.LlamaRotaryEmbedding(config=config, device=device)  # holds no weights
+        with torch.device(device):
+            self.model.model.rotary_emb = llama.LlamaRotaryEmbedding(config=config)  # holds no weights
         self.model.eval()
 
     def prefill(self, rows: Tensor) -> Any:
@@ -204,10 +216,9 @@ class Peer:
 
     def decode(self, ids: Tensor, cache: Any) -> Any:
         """Logits [B, 1, vocab] of ids [B, 1]; the cache is as long as before."""
-        length = cache.get_seq_length()
         with torch.no_grad():
             logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        cache.crop(length)
+        cache.crop(-ids.shape[1])
         return logits
 
 
@@ -261,7 +272,7 @@ class Bench:
         ids = torch.zeros(self.batch_size, variant.layout.num_ids, dtype=torch.long, device=self.device)
         batch = BatchLayout.of([variant.layout] * self.batch_size, variant.layout.num_ids)
         if stage == "prefill":
-            return self.clock.eager(lambda: model.prefill(ids, visual, batch, batch.num_kept))
+            return self.clock.captured(prefill_step(model, ids, visual, batch))
         _, cache = model.prefill(ids, visual, batch, batch.num_kept + 1)
         step = decode_step(model, cache, ids[:, :1])
         return self.clock.captured(compile_step(step) if self.compiled else step)
@@ -303,6 +314,18 @@ class Bench:
         return found
 
 
+def prefill_step(model: SkipVisionModel, ids: Tensor, visual: Tensor, batch: BatchLayout) -> Callable[[], None]:
+    """Prefill of the same prompt into the same cache, every time; logits stay where they are."""
+    cache, tensors = model.new_cache(len(ids), batch.num_kept), BatchTensors.of(batch, ids.device)
+    logits = torch.empty(len(ids), model.config.text.vocab_size, dtype=visual.dtype, device=ids.device)
+
+    def step() -> None:
+        with torch.no_grad():
+            logits.copy_(model.fill(ids, visual, tensors, cache))
+
+    return step
+
+
 def decode_step(model: SkipVisionModel, cache: KVCache, ids: Tensor) -> Callable[[], None]:
     """A step that writes the slot behind the prompt, every time the same one: logits stay where they are."""
     logits = torch.empty(len(ids), model.config.text.vocab_size, dtype=cache.keys[0].dtype, device=ids.device)
@@ -317,49 +340,87 @@ def decode_step(model: SkipVisionModel, cache: KVCache, ids: Tensor) -> Callable
 
 
 def measured(bench: Bench, rounds: int, limit: Roofline) -> dict[str, Any]:
-    """All stages of one case; a stage that memory is too small for says so."""
+    """All stages of one case. Where memory is too small for a stage, it is measured without transformers."""
     found: dict[str, Any] = {
         "rows": {name: variant.layout.length for name, variant in bench.variants.items()},
         "kv_bytes": {name: variant.cached(bench.batch_size) for name, variant in bench.variants.items()},
     }
     for stage in STAGES:
-        try:
-            found[stage] = bench.measure(stage, rounds, limit)
-        except torch.OutOfMemoryError as error:
-            found[stage] = {"out_of_memory": str(error).splitlines()[0]}
+        found[stage] = _stage(bench, stage, rounds, limit)
+        if "out_of_memory" in found[stage] and bench.peer is not None:
+            found[stage] = _stage(replace(bench, peer=None), stage, rounds, limit)
+    return found
+
+
+def _stage(bench: Bench, stage: Stage, rounds: int, limit: Roofline) -> dict[str, Any]:
+    """Figures, or why there are none: a GPU is seldom at hand, and one stage shall not cost the others."""
+    try:
+        return bench.measure(stage, rounds, limit)
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": reason(error)}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {reason(error)}"}
+    finally:
+        torch.compiler.reset()  # or else its limit of recompilations is met: every case has a step of its own
         gc.collect()
         if bench.device == "cuda":
             torch.cuda.empty_cache()
-    return found
+
+
+def joined(cases: list[dict[str, Any]], results: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`results` with `cases`, and with those that the file has from the same day, GPU and versions."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    same = all(before.get(name) == results[name] for name in ("date", "gpu", "versions", "transformers"))
+    measured_now = {_key(case) for case in cases}
+    kept = [case for case in before.get("cases", []) if _key(case) not in measured_now] if same else []
+    return results | {"cases": kept + cases}
+
+
+def _key(case: Mapping[str, Any]) -> tuple[Any, ...]:
+    return case["model"], case["setting"], case["batch"], case["compiled"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=TEXT, default=list(TEXT))
+    parser.add_argument("--settings", nargs="+", type=int, choices=range(len(SETTINGS)), default=range(len(SETTINGS)))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="of a single sequence; a quarter of it for more")
+    parser.add_argument("--compiled", action="store_true", help="decode through torch.compile, too")
+    parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
+    if options.rounds < 1 or min(options.batches) < 1:
+        parser.error("--rounds and --batches are 1 or more")
     if not torch.cuda.is_available():
         print("no CUDA device that torch can use: these sizes need an NVIDIA GPU and torch with CUDA", file=sys.stderr)
         raise SystemExit(NO_DEVICE)
     results = surroundings(torch.get_num_threads()) | {"gpu": torch.cuda.get_device_name(), "rounds": options.rounds}
+    results["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     clock, device = CudaClock(), "cuda"
     limit = roofline(clock, device, options.rounds)
     results |= {"matmul_flops_per_second": limit.flops_per_second, "copy_bytes_per_second": limit.bytes_per_second}
     results["transformers"] = _installed("transformers")
     if results["transformers"] is None:
         print("transformers is not installed: there will be nothing beside our own figures", file=sys.stderr)
-    cases = []
-    for model, (name, setting) in product(options.models, SETTINGS.items()):
-        made = variants(TEXT[model], VISION, setting, device)
-        peer = None if results["transformers"] is None else Peer(made["dense"].model, device)
+    settings = [list(SETTINGS.items())[number] for number in options.settings]
+    cases: list[dict[str, Any]] = []
+    for model, (name, setting) in product(options.models, settings):
+        try:
+            made = variants(TEXT[model], VISION, setting, device)
+            peer = None if results["transformers"] is None else Peer(made["dense"].model, device)
+        except torch.OutOfMemoryError as error:
+            print(f"{model} does not fit this GPU: {reason(error)}", file=sys.stderr)
+            break
         for batch_size in options.batches:
-            bench = Bench(made, peer, batch_size, device, clock, compiled=True)
-            cases.append(
-                {"model": model, "setting": name, "batch": batch_size} | measured(bench, options.rounds, limit)
-            )
+            bench = Bench(made, peer, batch_size, device, clock, options.compiled)
+            rounds = options.rounds if batch_size == 1 else max(1, options.rounds // 4)
+            case = {"model": model, "setting": name, "batch": batch_size, "compiled": options.compiled}
+            cases.append(case | measured(bench, rounds, limit))
             print(cases[-1], flush=True)
-            write_results(results | {"cases": cases}, RESULT)
+            write_results(joined(cases, results, options.result), options.result)
         del made, peer, bench
         gc.collect()
         torch.cuda.empty_cache()

@@ -113,7 +113,7 @@ def measure_stages(variants: Mapping[str, Variant], options: argparse.Namespace)
     for name, variant in variants.items():
         capacity = variant.manifest.contract.capacity
         engines["onnxruntime", name] = onnx_engine(variant, options.threads)
-        engines["torch", name] = TorchEngine(variant.checkpoint, capacity=capacity)
+        engines["torch", name] = TorchEngine(load_checkpoint(variant.checkpoint), capacity=capacity)
     seconds: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in engines}
     for number in range(_WARM_UP + options.rounds):
         for key in list(engines)[:: 1 if number % 2 else -1]:

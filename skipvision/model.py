@@ -6,7 +6,7 @@ Shapes: B sequences, T ids (one placeholder per image), I images, V visual rows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,24 @@ def attention_mask(position_ids: Tensor, visible_until: Tensor) -> Tensor:
     """[B, 1, L, L] bool from two [B, L] vectors of the layout: which row (first L) may look at which (second L)."""
     query, key = position_ids[:, :, None], position_ids[:, None]
     return ((key <= query) & (query <= visible_until[:, None]))[:, None]
+
+
+@dataclass(frozen=True)
+class BatchTensors:
+    """A `BatchLayout` on the device of a model; [B, L] and [B]."""
+
+    source: Tensor
+    positions: Tensor
+    visible_until: Tensor
+    kept_lengths: Tensor
+    next_positions: Tensor
+    num_kept: int
+
+    @staticmethod
+    def of(batch: BatchLayout, device: torch.device) -> BatchTensors:
+        arrays = batch.source, batch.positions, batch.visible_until, batch.kept_lengths, batch.next_positions
+        source, positions, until, kept, following = (torch.from_numpy(array).to(device) for array in arrays)
+        return BatchTensors(source, positions, until, kept, following, batch.num_kept)
 
 
 class SkipVisionModel(nn.Module):
@@ -85,17 +103,13 @@ class SkipVisionModel(nn.Module):
 
     def forward(self, input_ids: Tensor, visual: Tensor, batch: BatchLayout, cache: KVCache | None = None) -> Tensor:
         """Logits [B, num_kept, vocab] of the kept rows; `input_ids` [B, T]. Fills an empty `cache` if given."""
-        return self.decoder.logits(self._kept_rows(input_ids, visual, batch, cache))
+        return self.decoder.logits(self._kept_rows(input_ids, visual, BatchTensors.of(batch, input_ids.device), cache))
 
-    def _kept_rows(self, input_ids: Tensor, visual: Tensor, batch: BatchLayout, cache: KVCache | None) -> Tensor:
+    def _kept_rows(self, input_ids: Tensor, visual: Tensor, batch: BatchTensors, cache: KVCache | None) -> Tensor:
         """[B, num_kept, D] behind the last layer."""
-        device = input_ids.device
-        source, positions, until = (
-            torch.from_numpy(array).to(device) for array in (batch.source, batch.positions, batch.visible_until)
-        )
-        hidden = self.embed(input_ids, visual, source)
-        mask = attention_mask(positions, until)
-        return self.decoder(hidden, positions, mask, batch.num_kept, cache)  # type: ignore[no-any-return]
+        hidden = self.embed(input_ids, visual, batch.source)
+        mask = attention_mask(batch.positions, batch.visible_until)
+        return self.decoder(hidden, batch.positions, mask, batch.num_kept, cache)  # type: ignore[no-any-return]
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` kept rows, in the dtype and on the device of the weights."""
@@ -114,11 +128,17 @@ class SkipVisionModel(nn.Module):
         if batch.num_kept > capacity:
             raise ValueError(f"{batch.num_kept} rows do not fit a KV cache of {capacity}")
         cache = self.new_cache(input_ids.shape[0], capacity)
+        return self.fill(input_ids, visual, BatchTensors.of(batch, input_ids.device), cache), cache
+
+    @torch.no_grad()
+    def fill(self, input_ids: Tensor, visual: Tensor, batch: BatchTensors, cache: KVCache) -> Tensor:
+        """`prefill` into a cache that there is, whatever was in it, with nothing but work for the device."""
+        cache.lengths.zero_()
         hidden = self._kept_rows(input_ids, visual, batch, cache)
-        cache.lengths.copy_(torch.from_numpy(batch.kept_lengths))
-        cache.next_positions.copy_(torch.from_numpy(batch.next_positions))
-        last = hidden[torch.arange(len(hidden), device=hidden.device), cache.lengths - 1]
-        return self.decoder.logits(last), cache
+        cache.lengths.copy_(batch.kept_lengths)
+        cache.next_positions.copy_(batch.next_positions)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), batch.kept_lengths - 1]
+        return self.decoder.logits(last)
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:

@@ -7,6 +7,7 @@ and an early slip does not count again in all that follows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -127,6 +128,8 @@ class Comparison:
     num_tokens: int
     agreement: float
     reads_cache: bool
+    decode_mode: str | None
+    """How the engine decoded in the end, such as `graph`; None where there is one way only."""
     problems: tuple[str, ...]
     """One clause for each stage that is off, the first one first."""
 
@@ -165,26 +168,33 @@ def verify_engines(
             opener().close()
     num_layers, precision = processor.contract.num_layers, processor.contract.precision
     cases = samples(processor, pictures)
-    engine = reference()
-    name, wanted = engine.name, []
-    for number, case in enumerate(cases):
-        progress(name, number, len(cases))
-        wanted.append(trace(engine, case, num_layers))
-    engine.close()
+    with closing(reference()) as engine:
+        name, wanted = engine.name, []
+        for number, case in enumerate(cases):
+            progress(name, number, len(cases))
+            wanted.append(trace(engine, case, num_layers))
     comparisons, left_out = [], {}
     for candidate, opener in candidates.items():
-        try:
-            engine = opener()
-        except (ImportError, ValueError) as error:
-            left_out[candidate] = error
+        opened = _opened(opener)
+        if isinstance(opened, Exception):
+            left_out[candidate] = opened
             continue
-        # An engine may compute more precisely than the bundle stores; what was stored roughly stays rough.
-        limit = loosest(TOLERANCES[precision], TOLERANCES[engine.precision])
-        comparisons.append(compare(engine, wanted, cases, limit, num_layers, progress))
-        engine.close()
+        with closing(opened):
+            # An engine may compute more precisely than the bundle stores; what was stored roughly stays rough.
+            limit = loosest(TOLERANCES[precision], TOLERANCES[opened.precision])
+            comparisons.append(compare(opened, wanted, cases, limit, num_layers, progress))
     if not comparisons:
         raise CompareError("; ".join(f"{name} cannot be had ({error})" for name, error in left_out.items()))
     return Verification(name, tuple(pictures), tuple(comparisons), left_out)
+
+
+def _opened(opener: Opener) -> Engine | Exception:
+    """The engine, or why it cannot be had, without the frames that hold on to what it had loaded by then."""
+    try:
+        return opener()
+    except (ImportError, ValueError) as error:
+        error.__context__ = None
+        return error.with_traceback(None)
 
 
 def samples(processor: Processor, pictures: Mapping[str, Image.Image]) -> list[Sample]:
@@ -231,7 +241,16 @@ def compare(
     problems = [f"{stage.name}: {stage.problems[0]}" for stage in stages if stage.problems]
     if agreement < limit.agreement:
         problems.append(f"only {agreement:.0%} of greedy tokens agree, {limit.agreement:.0%} wanted")
-    return Comparison(engine.name, engine.precision, tuple(stages), len(same), agreement, bool(final), tuple(problems))
+    return Comparison(
+        engine=engine.name,
+        precision=engine.precision,
+        stages=tuple(stages),
+        num_tokens=len(same),
+        agreement=agreement,
+        reads_cache=bool(final),
+        decode_mode=getattr(engine, "decode_mode", None),
+        problems=tuple(problems),
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -13,13 +13,13 @@ import numpy.typing as npt
 from skipvision.cost import kv_bytes
 from skipvision.layout import BatchLayout, TokenLayout
 from svcli_engines.base import Logits, MachineError, Pixels, Visual, check_extend, check_prefill
+from svcli_engines.torch_steps import Step, capture, compile_step, is_compilers, reason
 from svcli_export.contract import CachePart
 from svcli_export.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
 
-    from skipvision.decoder import KVCache
     from skipvision.model import SkipVisionModel
 
 Device = Literal["cpu", "cuda"]
@@ -37,21 +37,44 @@ class TorchEngine:
 
     def __init__(
         self,
-        checkpoint: Path,
+        model: SkipVisionModel,
         *,
         capacity: int,
         device: Device = "cpu",
         precision: TorchPrecision = "fp32",
         compiled: bool = False,
+        started: float | None = None,
     ) -> None:
-        """`capacity`: rows of the KV cache. `compiled`: by torch.compile, which takes its time at the first new id.
+        """Takes the model for its own: it is moved and rounded in place. `capacity`: rows of the KV cache.
 
-        Raises CheckpointError for an unusable checkpoint, MachineError for `cuda` where PyTorch finds none.
+        `compiled`: by torch.compile, which takes its time at the first new id. `started`: when loading the model began,
+        by `perf_counter`. Raises MachineError for `cuda` where PyTorch finds none.
         """
-        start = perf_counter()
-        from skipvision.checkpoint import load_checkpoint
+        start = perf_counter() if started is None else started
+        import torch
 
-        self._start(load_checkpoint(checkpoint), capacity, device, precision, compiled, start)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise MachineError("this PyTorch finds no CUDA; see what `svcli doctor` says, or use the CPU")
+        if device == "cuda" and precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # on by default, with 10 bits of mantissa
+        self.name = f"torch-{device}"
+        self.precision = str(precision)
+        self.decode_mode = "eager" if device == "cpu" else "warming up"
+        """How single ids are decoded: `eager`, `warming up`, `graph`, or `eager: ` and why there is no graph."""
+        self.code = "compiled" if compiled else "as written"
+        """Of that step: `as written`, `compiled`, or `as written: ` and why it is not compiled."""
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        self._device, self._dtype = torch.device(device), dtypes[precision]
+        self._model = model.to(self._device, self._dtype)
+        self._capacity = capacity
+        self._cache = self._model.new_cache(1, capacity)
+        self._length = 0
+        self._num_steps = 0
+        self._replay: Step | None = None
+        self._compiled_step = compile_step(self._step) if compiled else None
+        self._next_id = torch.zeros((1, 1), dtype=torch.long, device=self._device)
+        self._step_logits = torch.zeros(model.config.text.vocab_size, dtype=self._dtype, device=self._device)
+        self.load_seconds = perf_counter() - start
 
     @classmethod
     def of_bundle(
@@ -73,43 +96,16 @@ class TorchEngine:
         from svcli_export.restore import original_model, restore_model
 
         model = restore_model(bundle, manifest) if checkpoint is None else original_model(checkpoint, manifest)
-        engine = cls.__new__(cls)
         contract = manifest.contract
         precision: TorchPrecision = "fp16" if device == "cuda" and contract.compute_dtype == "float16" else "fp32"
-        engine._start(model, contract.capacity, device, precision, compiled, start)
-        return engine
-
-    def _start(
-        self,
-        model: SkipVisionModel,
-        capacity: int,
-        device: Device,
-        precision: TorchPrecision,
-        compiled: bool,
-        start: float,
-    ) -> None:
-        import torch
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise MachineError("this PyTorch finds no CUDA; see what `svcli doctor` says, or use the CPU")
-        self.name = f"torch-{device}"
-        self.precision = str(precision)
-        self.decode_mode = "eager" if device == "cpu" else "warming up"
-        """How single ids are decoded: `eager`, `warming up`, `graph`, or `eager: ` and why there is no graph."""
-        self.code = "compiled" if compiled else "as written"
-        """Of that step: `as written`, `compiled`, or `as written: ` and why it is not compiled."""
-        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        self._device, self._dtype = torch.device(device), dtypes[precision]
-        self._model = model.to(self._device, self._dtype)
-        self._capacity = capacity
-        self._cache: KVCache | None = None
-        self._length = 0
-        self._num_steps = 0
-        self._replay: Callable[[], None] | None = None
-        self._compiled_step = compile_step(self._step) if compiled else None
-        self._next_id = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-        self._step_logits = torch.zeros(model.config.text.vocab_size, dtype=self._dtype, device=self._device)
-        self.load_seconds = perf_counter() - start
+        return cls(
+            model,
+            capacity=contract.capacity,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+            started=start,
+        )
 
     @property
     def capacity(self) -> int:
@@ -132,13 +128,14 @@ class TorchEngine:
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         import torch
 
+        from skipvision.model import BatchTensors
+
         check_prefill(layout, visual, self._capacity)
+        self.reset()
         width = self._model.config.text.hidden_size
         rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual).to(self._device)
-        batch = BatchLayout.of([layout], len(input_ids))
-        ids = torch.tensor([input_ids], device=self._device)
-        logits, cache = self._model.prefill(ids, rows, batch, self._capacity)
-        self._take(cache)
+        batch = BatchTensors.of(BatchLayout.of([layout], len(input_ids)), self._device)
+        logits = self._model.fill(torch.tensor([input_ids], device=self._device), rows, batch, self._cache)
         self._length = layout.num_kept
         return _numpy(logits[0])
 
@@ -156,7 +153,6 @@ class TorchEngine:
 
     def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
         """A copy [G, length, d] of the rows in use of one layer's K or V."""
-        assert self._cache is not None
         buffers = self._cache.keys if part == "key" else self._cache.values
         rows: npt.NDArray[np.float32] = _numpy(buffers[layer][0, :, : self._length]).copy()
         return rows
@@ -165,19 +161,18 @@ class TorchEngine:
         self._length = 0
 
     def close(self) -> None:
-        self._length, self._cache, self._replay, self._compiled_step = 0, None, None, None
+        import torch
 
-    def _take(self, cache: KVCache) -> None:
-        """The cache of a prompt. Graphs and compiled code know tensors, so those of the first one are kept."""
-        if self._cache is None:
-            self._cache = cache
-            return
-        for old, new in zip(_tensors(self._cache), _tensors(cache), strict=True):
-            old.copy_(new)
+        self._length = 0
+        if self.__dict__.get("_compiled_step") is not None:
+            torch.compiler.reset()  # which counts the engines that one step was compiled for
+        for held in ("_model", "_cache", "_replay", "_compiled_step", "_next_id", "_step_logits"):
+            self.__dict__.pop(held, None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # or else torch keeps it for itself
 
     def _advance(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [vocab] of the last of the new ids [1, n]. Every tensor of the cache stays where it is."""
-        assert self._cache is not None  # check_extend saw rows in it
         decoder = self._model.decoder
         return decoder.logits(decoder.extend(decoder.embed(input_ids), self._cache))[0, -1]
 
@@ -195,11 +190,11 @@ class TorchEngine:
             try:
                 self._compiled_step()
                 return
-            except RuntimeError as error:  # what torch raises where a compiler is missing or fails
-                if self._num_steps > 1:
+            except Exception as error:
+                if not is_compilers(error):
                     raise
                 self._compiled_step = None
-                self.code = f"as written: {_reason(error)}"
+                self.code = f"as written: {reason(error)}"
         self._step()
 
     def _step(self) -> None:
@@ -210,36 +205,7 @@ class TorchEngine:
             self._replay = capture(self._run_step)
             self.decode_mode = "graph"
         except RuntimeError as error:  # what torch raises for CUDA's errors
-            self.decode_mode = f"eager: {_reason(error)}"
-
-
-def compile_step(step: Callable[[], None]) -> Callable[[], None]:
-    """`step`, compiled at its first call, which raises RuntimeError where that cannot be done."""
-    import torch
-
-    made: Callable[[], None] = torch.compile(step, fullgraph=True, dynamic=False)
-    return made
-
-
-def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """Records what `step` does on CUDA instead of doing it; what comes back does it. Raises RuntimeError."""
-    import torch
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    replay: Callable[[], None] = graph.replay
-    return replay
-
-
-def _reason(error: RuntimeError) -> str:
-    """What happened, without the advice that torch gives: "backend='inductor' raised:" goes on in the next line."""
-    first, *more = str(error).splitlines()
-    return f"{first} {more[0]}" if more and first.endswith(":") else first
-
-
-def _tensors(cache: KVCache) -> list[torch.Tensor]:
-    return [*cache.keys, *cache.values, cache.lengths, cache.next_positions]
+            self.decode_mode = f"eager: {reason(error)}"
 
 
 def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.float32]:

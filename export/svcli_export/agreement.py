@@ -133,7 +133,9 @@ def match_rows(got: Floats, reference: Floats, span: ImageSpan) -> Floats:
     for kind in (RETAINED, SKIPPED):
         group = np.flatnonzero(kinds == kind)
         if len(group):
-            distances = np.linalg.norm(reference[group, None] - got[None, group].astype(np.float32), axis=-1)
+            wanted, found = reference[group].astype(np.float64), got[group].astype(np.float64)
+            # |a - b|^2 but for |a|^2: all differences at once would be [n, n, D].
+            distances = (found**2).sum(1) - 2 * wanted @ found.T
             matched[group] = got[group[distances.argmin(axis=1)]]
     return matched
 

@@ -40,14 +40,24 @@ def restore_model(bundle: Path, manifest: Manifest) -> SkipVisionModel:
         whole = value.astype(np.float32) if scale is None else value.astype(np.float32) * scale  # [in, out] * [out]
         plain = whole.T if name.endswith(TRANSPOSED) else whole
         tensors[name.removesuffix(TRANSPOSED)] = torch.from_numpy(np.ascontiguousarray(plain))
-    model = SkipVisionModel(config)
+    with torch.device("meta"):
+        model = SkipVisionModel(config)
     unread = tuple(f"vision.blocks.{layer}." for layer in range(num_blocks_read(config), config.vision.num_layers))
     for name, parameter in model.state_dict().items():
         if name.startswith(unread):
-            tensors[name] = torch.zeros_like(parameter)
+            tensors[name] = torch.zeros(parameter.shape)
     if config.text.tie_embeddings and _EMBEDDING in tensors:
         tensors[_HEAD] = tensors[_EMBEDDING]
-    return _filled(model, tensors, f"{bundle}: its weights do not fit its manifest")
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise BundleError(
+            f"{bundle}: its weights do not fit its manifest ({first}); re-export it with `svcli export`"
+        ) from None
+    if config.text.tie_embeddings:
+        model.decoder.head.weight = model.decoder.embed.weight
+    return model.eval()
 
 
 def original_model(checkpoint: Path, manifest: Manifest) -> SkipVisionModel:
@@ -63,12 +73,3 @@ def original_model(checkpoint: Path, manifest: Manifest) -> SkipVisionModel:
     if model.config.skip is None and config.skip is not None:
         raise BundleError(f"{another} (it is a plain model, without a summary layer); {remedy}")
     return model.with_skip(config.skip)
-
-
-def _filled(model: SkipVisionModel, tensors: dict[str, torch.Tensor], problem: str) -> SkipVisionModel:
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise BundleError(f"{problem} ({first}); re-export it with `svcli export`") from None
-    return model.eval()

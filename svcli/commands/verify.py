@@ -151,6 +151,7 @@ def facts(outcome: Verification) -> dict[str, Any]:
                 "agreement": comparison.agreement,
                 "num_tokens": comparison.num_tokens,
                 "reads_cache": comparison.reads_cache,
+                "decode_mode": comparison.decode_mode,
                 "problems": list(comparison.problems),
                 "stages": [_stage_facts(stage) for stage in comparison.stages],
             }
@@ -187,7 +188,7 @@ def _render(comparison: Comparison, reference: str, *, layers: bool) -> None:
     ]
     verdict = "off" if comparison.problems else "ok"
     ui.table(
-        f"{comparison.engine} {comparison.precision} against {reference}",
+        f"{comparison.engine} {comparison.precision}{_mode(comparison)} against {reference}",
         ("stage", "max error", "cosine", "norm ratio", "tokens", ""),
         [*rows, ("all", "", "", "", f"{comparison.agreement:.1%} of {comparison.num_tokens}", verdict)],
     )
@@ -198,6 +199,10 @@ def _render(comparison: Comparison, reference: str, *, layers: bool) -> None:
             after = "after prefill" if stage.name == "prefill" else "after the last decode step"
             columns = ("layer", "", "max error", "cosine", "norm ratio", "worst row", "")
             ui.table(f"{comparison.engine}: KV cache {after}", columns, [_layer(layer) for layer in stage.layers])
+
+
+def _mode(comparison: Comparison) -> str:
+    return "" if comparison.decode_mode is None else f", decoding: {comparison.decode_mode},"
 
 
 def _layer(layer: Layer) -> tuple[str, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,8 +26,10 @@ from benchmarks.gpu_speed import (
     Setting,
     Variant,
     decode_step,
+    joined,
     llama_weights,
     measured,
+    prefill_step,
     roofline,
     variants,
 )
@@ -79,16 +84,68 @@ def test_every_stage_is_timed_for_both(made: dict[str, Variant]) -> None:
     assert found["vision"]["flops_ratio"] == 1
 
 
-def test_a_stage_that_does_not_fit_says_so_and_the_others_are_measured(
-    made: dict[str, Variant], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), {"out_of_memory": "CUDA out of memory. Tried"}),
+        (KeyError("what"), {"failed": "KeyError: 'what'"}),
+    ],
+)
+def test_a_stage_that_fails_says_so_and_the_others_are_measured(
+    made: dict[str, Variant], monkeypatch: pytest.MonkeyPatch, error: Exception, said: dict[str, str]
 ) -> None:
     def fail(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto")
+        raise error
 
-    monkeypatch.setattr(made["dense"].model, "prefill", fail)
+    monkeypatch.setattr(made["dense"].model, "fill", fail)
     found = measured(Bench(made, None, 1, "cpu", WallClock(), compiled=False), 1, Roofline(1e9, 1e9))
-    assert found["prefill"] == found["decode_token"] == {"out_of_memory": "CUDA out of memory. Tried"}
+    assert found["prefill"] == found["decode_token"] == said
     assert found["vision"]["seconds"]["dense"]["runs"] == 1
+
+
+def test_where_the_peer_does_not_fit_the_rest_is_measured_without_it(made: dict[str, Variant]) -> None:
+    class Greedy:
+        def prefill(self, _: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    peer = cast("Peer", Greedy())
+    found = measured(Bench(made, peer, 1, "cpu", WallClock(), compiled=False), 1, Roofline(1e9, 1e9))
+    assert set(found["prefill"]["seconds"]) == set(found["decode_token"]["seconds"]) == {"dense", "skipped"}
+
+
+def test_a_prefill_step_is_prefill_every_time(made: dict[str, Variant], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layout = made["skipped"].model, made["skipped"].layout
+    batch = BatchLayout.of([layout], layout.num_ids)
+    visual, ids = torch.randn(2, model.span.length, 32).bfloat16(), torch.arange(layout.num_ids)[None]
+    expected, _ = model.prefill(ids, visual, batch, batch.num_kept)
+    written: list[torch.Tensor] = []
+    fill = model.fill
+
+    def noted(*given: Any) -> torch.Tensor:
+        written.append(fill(*given))
+        return written[-1]
+
+    monkeypatch.setattr(model, "fill", noted)
+    step = prefill_step(model, ids, visual, batch)
+    step()
+    step()
+    assert len(written) == 2
+    assert all(torch.equal(each, expected) for each in written)
+
+
+def test_runs_of_one_day_and_gpu_join_in_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    here: dict[str, Any] = {"date": "2030-01-01", "gpu": "a card", "versions": {"torch": "3"}, "transformers": None}
+    first, other, again = (
+        {"model": "llama-7b", "setting": "a", "batch": batch, "compiled": False, "vision": figure}
+        for batch, figure in ((1, 1.0), (32, 2.0), (1, 3.0))
+    )
+    for cases in ([first], [other], [again]):
+        path.write_text(json.dumps(joined(cases, here, path)))
+    assert json.loads(path.read_text())["cases"] == [other, again]
+    assert joined([first], here | {"gpu": "another"}, path)["cases"] == [first]
+    path.write_text("{")
+    assert joined([first], here, path)["cases"] == [first]
 
 
 def test_a_decode_step_is_decode_at_the_same_place_every_time(made: dict[str, Variant]) -> None:

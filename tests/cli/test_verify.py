@@ -116,6 +116,7 @@ def test_json_has_everything_under_keys_that_stay(bundle: Path, picture: Path) -
         "agreement",
         "num_tokens",
         "reads_cache",
+        "decode_mode",
         "problems",
         "stages",
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from skipvision.checkpoint import load_checkpoint
 from skipvision.config import SkipConfig
 from svcli_engines.onnx_engine import OnnxEngine
 from svcli_engines.processor import Processor
@@ -31,7 +33,10 @@ class Exported:
         return OnnxEngine(self.bundle, self.manifest, num_threads=1)
 
     def torch_engine(self) -> TorchEngine:
-        return TorchEngine(self.checkpoint, capacity=self.manifest.contract.capacity)
+        return self.engine_of_checkpoint()
+
+    def engine_of_checkpoint(self, **options: Any) -> TorchEngine:
+        return TorchEngine(load_checkpoint(self.checkpoint), capacity=self.manifest.contract.capacity, **options)
 
 
 def export_tiny(folder: Path, skip: SkipConfig | None = SKIP, precision: Precision = "fp32") -> Exported:

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from skipvision.layout import TokenLayout
 from svcli_engines import onnx_engine, torch_engine
-from svcli_engines.base import Engine, EngineError, Pixels
+from svcli_engines.base import Engine, EngineError, MachineError, Pixels
 from svcli_engines.onnx_engine import OnnxEngine
 from svcli_engines.torch_engine import TorchEngine, TorchPrecision
 from svcli_export.contract import CACHE_PARTS
@@ -182,11 +182,7 @@ def test_torch_in_half_precision_stays_near_fp32(
 
     Of text, since of patches that are nearly as good as each other bf16 may choose another one.
     """
-    capacity = exported.manifest.contract.capacity
-    engine, reference = (
-        TorchEngine(exported.checkpoint, capacity=capacity, precision=precision),
-        exported.torch_engine(),
-    )
+    engine, reference = exported.engine_of_checkpoint(precision=precision), exported.torch_engine()
     assert np.isfinite(prefill(engine, exported, PROMPTS["two images"])).all()
     for each in (engine, reference):
         prefill(each, exported, PROMPTS["text only"])
@@ -210,7 +206,6 @@ def capture_by_tracing(engine: TorchEngine) -> Callable[[Callable[[], None]], Ca
     """A CUDA graph on the CPU: the operations of one step, on the very tensors they had, and nothing of Python's."""
 
     def capture(step: Callable[[], None]) -> Callable[[], None]:
-        assert engine._cache is not None
         tensors = [*engine._cache.keys, *engine._cache.values, engine._cache.lengths, engine._cache.next_positions]
         before = [tensor.clone() for tensor in tensors]
         traced = make_fx(lambda: step())()
@@ -270,8 +265,7 @@ def test_torch_decodes_compiled_what_it_decodes_as_written(
     if host_compiler() is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing("inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    capacity = exported.manifest.contract.capacity
-    engine, reference = TorchEngine(exported.checkpoint, capacity=capacity, compiled=True), exported.torch_engine()
+    engine, reference = exported.engine_of_checkpoint(compiled=True), exported.torch_engine()
     for ids in (PROMPTS["two images"], PROMPTS["text only"]):
         np.testing.assert_array_equal(prefill(engine, exported, ids), prefill(reference, exported, ids))
         for step in ([5], [6], [7, 8], [9]):
@@ -283,16 +277,21 @@ def test_torch_decodes_compiled_what_it_decodes_as_written(
     assert "scatter" not in code  # which copies the cache instead of writing into it
 
 
+class CompilerMissing(Exception):
+    """One of torch's own, by its module."""
+
+    __module__ = "torch._inductor.exc"
+
+
 def test_torch_that_cannot_compile_says_why_and_goes_on(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_step: Callable[[], None]) -> Callable[[], None]:
         def step() -> None:
-            raise RuntimeError("inductor raised:\nno C++ compiler\nand much more")
+            raise CompilerMissing("inductor raised:\nno C++ compiler\nand much more")
 
         return step
 
     monkeypatch.setattr(torch_engine, "compile_step", refuse)
-    capacity = exported.manifest.contract.capacity
-    engine, reference = TorchEngine(exported.checkpoint, capacity=capacity, compiled=True), exported.torch_engine()
+    engine, reference = exported.engine_of_checkpoint(compiled=True), exported.torch_engine()
     for ids in (PROMPTS["one image first"], PROMPTS["text only"]):
         prefill(engine, exported, ids), prefill(reference, exported, ids)
         for token in NEW:
@@ -314,7 +313,7 @@ def test_a_compiled_step_that_fails_later_is_an_error(exported: Exported, monkey
         return run
 
     monkeypatch.setattr(torch_engine, "compile_step", once)
-    engine = TorchEngine(exported.checkpoint, capacity=exported.manifest.contract.capacity, compiled=True)
+    engine = exported.engine_of_checkpoint(compiled=True)
     prefill(engine, exported, PROMPTS["text only"])
     engine.extend([5])
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -331,8 +330,8 @@ def test_torch_on_the_cpu_makes_no_graph(exported: Exported) -> None:
 
 def test_torch_without_cuda_is_one_clear_error(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EngineError, match="this PyTorch finds no CUDA"):
-        TorchEngine(exported.checkpoint, capacity=96, device="cuda")
+    with pytest.raises(MachineError, match="this PyTorch finds no CUDA"):
+        exported.engine_of_checkpoint(device="cuda")
 
 
 def test_cuda_without_cuda_is_one_clear_error(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
