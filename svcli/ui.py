@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.control import Control
+from rich.measure import Measurement
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as BarProgress
 from rich.segment import ControlType
@@ -22,6 +23,7 @@ from rich.text import Text
 # Answers and file names may hold anything; none of it may steer the terminal.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _TABLE_STYLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "pad_edge": False}
+_UNBOUNDED = 10_000
 _PLAIN = str.maketrans({"→": "->", "·": "|", "…": "..."})
 
 
@@ -77,13 +79,23 @@ def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout."""
+    """A table on stdout. Where that is too narrow for it, each row is one list of what its columns say."""
+    console = stdout()
     view = Table(title=title, header_style="dim", **_TABLE_STYLE)
     for column in columns:
         view.add_column(column, overflow="fold")
     for row in rows:
         view.add_row(*map(printable, row))
-    stdout().print(view, "")
+    if Measurement.get(console, console.options.update(max_width=_UNBOUNDED), view).maximum <= console.width:
+        console.print(view, "")
+        return
+    if title:
+        console.print(title, style="bold")
+    for row in rows:
+        said = [f"{column} {cell}".strip() for column, cell in zip(columns[1:], row[1:], strict=True) if cell]
+        for line in pack([printable(part) for part in (row[0], *said)], console.width):
+            console.print(_encodable(console, line))
+    console.print()
 
 
 def size(num_bytes: float) -> str:

@@ -23,7 +23,10 @@ from svcli_export.agreement import (
     NUM_TOKENS,
     TOLERANCES,
     Difference,
+    RowAgreement,
     Tolerance,
+    agreeing_rows,
+    agreement_of_all,
     difference,
     excess,
     loosest,
@@ -111,7 +114,7 @@ class Stage:
     picture: str
     """The one with the lowest cosine."""
     agreement: float | None
-    """Share of greedy tokens that are the reference's; None where the stage chooses none."""
+    """Share of greedy tokens, or of visual rows, that are the reference's; None where the stage has neither."""
     problems: tuple[str, ...]
     layers: tuple[Layer, ...] = ()
     """The KV cache after this stage, where it is looked at and the engine lets it be read."""
@@ -263,11 +266,14 @@ class _Pair:
 
 
 def _vision(pairs: Sequence[_Pair], span: ImageSpan, limit: Tolerance) -> Stage:
-    found = []
+    found, agreeing = [], []
     for pair in pairs:
-        got, wanted = pair.got.visual[0], pair.wanted.visual[0]
-        found.append((pair.picture, difference(match_rows(got, wanted, span), wanted)))
-    return _stage("vision", found, (), limit)
+        wanted = pair.wanted.visual[0]
+        got = match_rows(pair.got.visual[0], wanted, span)
+        found.append((pair.picture, difference(got, wanted)))
+        agreeing.append(agreeing_rows(got, wanted, limit))
+    rows = agreement_of_all(agreeing)
+    return _stage("vision", found, (), limit, rows.share, rows)
 
 
 def _step(pairs: Sequence[_Pair], step: int, limit: Tolerance) -> Stage:
@@ -285,12 +291,13 @@ def _stage(
     layers: tuple[Layer, ...],
     limit: Tolerance,
     agreement: float | None = None,
+    rows: RowAgreement | None = None,
 ) -> Stage:
-    """`found`: what the stage hands on, by picture."""
+    """`found`: what the stage hands on, by picture; `rows` where that is visual rows."""
     problems = [f"layer {layer.layer} {layer.part}: {clause}" for layer in layers for clause in layer.problems]
     each = [*((layer.picture, layer.difference) for layer in layers), *found]
     if found:
-        problems += excess(worst(item for _, item in found), limit, is_vision=name == "vision")
+        problems += excess(worst(item for _, item in found), limit, rows)
     picture = min(each, key=lambda item: item[1].cosine)[0]
     return Stage(name, worst(item for _, item in each), picture, agreement, tuple(problems), layers)
 

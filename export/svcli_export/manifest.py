@@ -53,6 +53,15 @@ class FileEntry(_Strict):
     size: int
 
 
+class RowCheck(_Strict):
+    """Visual rows that point where PyTorch's do."""
+
+    num_rows: int
+    """Of one picture."""
+    agreement: float
+    """Share of them, over all pictures."""
+
+
 class StageCheck(_Strict):
     """How far one stage in ONNX Runtime is from PyTorch; worst over all pictures and steps."""
 
@@ -62,6 +71,8 @@ class StageCheck(_Strict):
     cosine: float
     norm_ratio: float
     """The one furthest from 1."""
+    rows: RowCheck | None = None
+    """None for stages that do not hand on visual rows, and in bundles of older versions."""
 
 
 class GraphOps(_Strict):

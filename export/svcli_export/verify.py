@@ -14,9 +14,20 @@ from onnxruntime import InferenceSession
 
 from skipvision.layout import BatchLayout, TokenLayout
 from skipvision.model import SkipVisionModel
-from svcli_export.agreement import NUM_TOKENS, TOLERANCES, Difference, difference, excess, match_rows, worst
+from svcli_export.agreement import (
+    NUM_TOKENS,
+    TOLERANCES,
+    Difference,
+    RowAgreement,
+    agreeing_rows,
+    agreement_of_all,
+    difference,
+    excess,
+    match_rows,
+    worst,
+)
 from svcli_export.contract import CACHE_PARTS, Contract, Precision, past_name, present_name
-from svcli_export.manifest import ExportCheck, StageCheck
+from svcli_export.manifest import ExportCheck, RowCheck, StageCheck
 from svcli_export.runtime import open_session
 
 Floats = npt.NDArray[Any]
@@ -28,6 +39,8 @@ class _Stage:
     max_error: float = 0.0
     cosine: float = 1.0
     norm_ratio: float = 1.0
+    agreeing: list[RowAgreement] = field(default_factory=list)
+    """Of visual rows, by picture."""
 
     def compare(self, got: Floats, reference: Floats) -> None:
         so_far = Difference(self.max_error, self.cosine, self.norm_ratio)
@@ -35,7 +48,20 @@ class _Stage:
         self.max_error, self.cosine, self.norm_ratio = found.max_error, found.cosine, found.norm_ratio
 
     def outcome(self) -> StageCheck:
-        return StageCheck(name=self.name, max_error=self.max_error, cosine=self.cosine, norm_ratio=self.norm_ratio)
+        return StageCheck(
+            name=self.name,
+            max_error=self.max_error,
+            cosine=self.cosine,
+            norm_ratio=self.norm_ratio,
+            rows=_rows(self.agreeing),
+        )
+
+
+def _rows(agreeing: Sequence[RowAgreement]) -> RowCheck | None:
+    if not agreeing:
+        return None
+    overall = agreement_of_all(agreeing)
+    return RowCheck(num_rows=overall.num_rows, agreement=overall.share)
 
 
 @dataclass
@@ -102,7 +128,9 @@ def verify(
             visual = model.encode_images(torch.from_numpy(picture))
         logits, cache = model.prefill(torch.tensor([prompt]), visual, batch, contract.capacity)
         rows = visual.numpy()
-        vision.compare(match_rows(session.run(None, {"pixels": picture})[0][0], rows[0], layout.images[0]), rows[0])
+        matched = match_rows(session.run(None, {"pixels": picture})[0][0], rows[0], layout.images[0])
+        vision.compare(matched, rows[0])
+        vision.agreeing.append(agreeing_rows(matched, rows[0], TOLERANCES[contract.precision]))
         got = decoder.prefill(prompt, rows, layout)
         prefill.compare(got, logits.numpy())
         for layer in range(contract.num_layers):
@@ -126,7 +154,8 @@ def violations(check: ExportCheck, precision: Precision) -> list[str]:
     found = []
     for stage in check.stages:
         figures = Difference(stage.max_error, stage.cosine, stage.norm_ratio)
-        found += [f"{stage.name}: {clause}" for clause in excess(figures, limit, is_vision=stage.name == "vision")]
+        rows = None if stage.rows is None else RowAgreement(stage.rows.agreement, stage.rows.num_rows)
+        found += [f"{stage.name}: {clause}" for clause in excess(figures, limit, rows)]
     if check.agreement < limit.agreement:
         found.append(f"only {check.agreement:.0%} of greedy tokens agree, {limit.agreement:.0%} wanted")
     return found

@@ -140,7 +140,7 @@ def _render(folder: Path, summary: BundleSummary) -> None:
     )
     ui.table(
         f"Against PyTorch, on {check.num_pictures} pictures: {check.agreement:.1%} of {check.num_tokens} tokens agree",
-        ("stage", "max error", "cosine", "norm ratio"),
+        ("stage", "max rel. error", "cosine", "norm ratio"),
         [
             (stage.name, f"{stage.max_error:.2g}", f"{stage.cosine:.6f}", f"{stage.norm_ratio:.6f}")
             for stage in check.stages

@@ -78,12 +78,16 @@ def verify(
         described = {"bundle": str(folder), "checkpoint": str(checkpoint) if checkpoint else None}
         ui.show(json.dumps(described | facts(outcome), indent=2))
     else:
+        reference = f"{outcome.reference} on {checkpoint or 'the weights of the bundle'}"
         for comparison in outcome.comparisons:
-            _render(comparison, outcome.reference, layers=layers)
+            _render(comparison, reference, layers=layers)
+        ui.show(f"Pictures: {', '.join(outcome.pictures)}")
         for name, error in outcome.left_out.items():
             ui.note(f"{name} was left out: {explain(error)[0]}")
     for comparison in outcome.mismatches:
-        raise MismatchError(f"{comparison.engine} does not do what PyTorch does; first off is {comparison.problems[0]}")
+        off = f"{comparison.engine} does not do what PyTorch does; first off is {comparison.problems[0]}"
+        doubt = f"; is {checkpoint} what the bundle was exported from?" if checkpoint else ""
+        raise MismatchError(off + doubt)
 
 
 def parse_engines(text: str | None) -> list[str] | None:
@@ -122,9 +126,9 @@ def _files(path: Path) -> list[Path]:
 
 def openers(bundle: Path, manifest: Manifest, names: list[str] | None, checkpoint: Path | None) -> dict[str, Opener]:
     """How each engine is opened, by name. PyTorch on a GPU decodes as fast as it can there, compiled."""
+    if names is not None and "torch" in names and checkpoint is None:
+        raise UsageError("torch is what the others are held against; leave it out, or give --checkpoint too")
     wanted = [name for name in names or ENGINES if name != "torch" or checkpoint is not None]
-    if not wanted:
-        raise UsageError("torch is what the others are held against; name another engine, or give --checkpoint too")
     return {
         name: partial(open_engine, EngineName(name), bundle, manifest, compiled=name == EngineName.TORCH_CUDA)
         for name in wanted
@@ -181,7 +185,7 @@ def _render(comparison: Comparison, reference: str, *, layers: bool) -> None:
         (
             stage.name,
             *_shown(stage.difference),
-            "" if stage.agreement is None else f"{stage.agreement:.0%}",
+            _agreement(stage),
             "off" if stage.problems else "ok",
         )
         for stage in comparison.stages
@@ -189,16 +193,22 @@ def _render(comparison: Comparison, reference: str, *, layers: bool) -> None:
     verdict = "off" if comparison.problems else "ok"
     ui.table(
         f"{comparison.engine} {comparison.precision}{_mode(comparison)} against {reference}",
-        ("stage", "max error", "cosine", "norm ratio", "tokens", ""),
-        [*rows, ("all", "", "", "", f"{comparison.agreement:.1%} of {comparison.num_tokens}", verdict)],
+        ("stage", "max rel. error", "cosine", "norm ratio", "agree", ""),
+        [*rows, ("all", "", "", "", f"{comparison.agreement:.1%} of {comparison.num_tokens} tokens", verdict)],
     )
     if layers and not comparison.reads_cache:
         ui.note(f"{comparison.engine} does not let its KV cache be read")
     for stage in comparison.stages:
         if layers and stage.layers:
             after = "after prefill" if stage.name == "prefill" else "after the last decode step"
-            columns = ("layer", "", "max error", "cosine", "norm ratio", "worst row", "")
+            columns = ("layer", "", "max rel. error", "cosine", "norm ratio", "worst row", "")
             ui.table(f"{comparison.engine}: KV cache {after}", columns, [_layer(layer) for layer in stage.layers])
+
+
+def _agreement(stage: Stage) -> str:
+    if stage.agreement is None:
+        return ""
+    return f"{stage.agreement:.1%} of rows" if stage.name == "vision" else f"{stage.agreement:.0%} of tokens"
 
 
 def _mode(comparison: Comparison) -> str:

@@ -11,6 +11,9 @@ from skipvision.layout import ImageSpan
 from svcli_export.agreement import (
     TOLERANCES,
     Difference,
+    RowAgreement,
+    agreeing_rows,
+    agreement_of_all,
     difference,
     drawn_cards,
     excess,
@@ -22,6 +25,7 @@ from svcli_export.agreement import (
 
 RANDOM = np.random.default_rng(0)
 FARTHEST = Difference(inf, -1.0, inf)
+ALL_ROWS = RowAgreement(1.0, 162)
 
 
 def test_figures_are_those_of_the_definition() -> None:
@@ -40,7 +44,8 @@ def test_what_is_no_number_is_infinitely_far(value: float) -> None:
     got[1, 2] = value
     assert row_difference(got, reference) == (FARTHEST, 1)
     assert row_difference(reference, got) == (FARTHEST, 1)
-    assert len(excess(FARTHEST, TOLERANCES["int8"], is_vision=True)) == 3
+    assert len(excess(FARTHEST, TOLERANCES["int8"], ALL_ROWS)) == 3
+    assert agreeing_rows(got, reference, TOLERANCES["int8"]).share == pytest.approx(2 / 3)
     assert worst([Difference(), FARTHEST, Difference()]) == FARTHEST
 
 
@@ -86,10 +91,31 @@ def test_the_worst_of_each_figure_is_kept() -> None:
 
 def test_visual_rows_below_fp32_are_judged_by_direction_only() -> None:
     chosen_otherwise = Difference(max_error=0.9, cosine=0.97, norm_ratio=1.0)
-    assert excess(chosen_otherwise, TOLERANCES["int8"], is_vision=True) == []
+    assert excess(chosen_otherwise, TOLERANCES["int8"], ALL_ROWS) == []
     assert excess(chosen_otherwise, TOLERANCES["int8"]) == ["error 0.9 above 0.25", "cosine 0.970000 below 0.98"]
-    assert len(excess(chosen_otherwise, TOLERANCES["fp32"], is_vision=True)) == 2
+    assert len(excess(chosen_otherwise, TOLERANCES["fp32"], ALL_ROWS)) == 2
     assert excess(Difference(0.0, 1.0, 1.2), TOLERANCES["int8"]) == ["norm ratio 1.200 further than 0.05 from 1"]
+
+
+def test_rows_that_are_others_are_counted() -> None:
+    reference = RANDOM.standard_normal((100, 16))
+    got = reference * 1.01
+    got[:7] = -reference[:7]
+    for precision, most in (("fp16", 6), ("bf16", 10), ("int8", 6)):
+        limit = TOLERANCES[precision]
+        assert agreeing_rows(got, reference, limit) == RowAgreement(0.93, 100)
+        for others in (most, most + 1):
+            found = excess(Difference(), limit, RowAgreement(1 - others / 100, 100))
+            assert found == (
+                [] if others == most else [f"only {100 - others:.1f}% of rows agree, {100 - most}% wanted"]
+            )
+    assert excess(Difference(), TOLERANCES["fp32"], RowAgreement(0.99, 100)) == [
+        "only 99.0% of rows agree, 100% wanted"
+    ]
+    # Two of ten say nothing below fp32, three do.
+    assert excess(Difference(), TOLERANCES["int8"], RowAgreement(0.8, 10)) == []
+    assert excess(Difference(), TOLERANCES["int8"], RowAgreement(0.7, 10)) == ["only 70.0% of rows agree, 80% wanted"]
+    assert agreement_of_all([RowAgreement(0.5, 10), RowAgreement(1.0, 10)]) == RowAgreement(0.75, 10)
 
 
 def test_the_looser_of_two_tolerances_holds_for_both() -> None:
