@@ -25,6 +25,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, cut or of another shape than its config says."""
 
 
+class NoCheckpointError(CheckpointError):
+    """What is no checkpoint at all."""
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes safetensors atomically."""
     fresh = path.with_name(f".{path.name}.partial")
@@ -53,7 +57,7 @@ def save_checkpoint(
 def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> SkipVisionModel:
     """The model in `dtype`, in eval mode, on the CPU. Raises CheckpointError with what is wrong."""
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such checkpoint folder")
+        raise NoCheckpointError(f"{directory}: no such checkpoint folder")
     config_file, weights_file = directory / "config.json", directory / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.exists():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from pathlib import Path
+from typing import TextIO
 
 INTERRUPTED = 130
 """What a shell reports for a process that Ctrl-C has ended."""
@@ -11,6 +15,10 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command line, and leave quietly when interrupted, even while modules are still being imported."""
     try:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _leave)
+        # A stream that was closed before the start is None, which nobody expects.
+        sys.stdout, sys.stderr = (stream or _nowhere() for stream in (sys.stdout, sys.stderr))
         from svcli.app import app
 
         # A locale that is not UTF-8 must not turn an answer into an encoding error.
@@ -20,6 +28,20 @@ def main() -> None:
         app(prog_name="svcli")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        from svcli.errors import BROKEN_PIPE, silence_stdout
+
+        silence_stdout()
+        sys.exit(BROKEN_PIPE)
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w")
+
+
+def _leave(number: int, _frame: object) -> None:
+    """Ends as Ctrl-C does: what is half-written goes, helpers end."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

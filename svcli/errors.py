@@ -33,7 +33,17 @@ _LONGEST = 200
 _PACKAGES = ("skipvision", "svcli_export", "svcli_engines", "svcli")
 # By name, because importing the classes would load the engines before help can be shown.
 _USERS_INPUT = frozenset(
-    {"BuildOptionError", "ConfigError", "ContractError", "ImageError", "PromptError", "SamplingError", "UsageError"}
+    {
+        "BuildOptionError",
+        "ConfigError",
+        "ContractError",
+        "ImageError",
+        "NoBundleError",
+        "NoCheckpointError",
+        "PromptError",
+        "SamplingError",
+        "UsageError",
+    }
 )
 _LACKING = frozenset({"MachineError", "ProviderError"})
 _EXTRA_OF = {
@@ -66,7 +76,7 @@ def reported(command: Callable[Params, None]) -> Callable[Params, None]:
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
-                _silence_stdout()
+                silence_stdout()
             if isinstance(error, BrokenPipeError):
                 raise typer.Exit(BROKEN_PIPE) from None
             if debugging():
@@ -88,7 +98,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.split(".")[0]
         if module in _EXTRA_OF:
-            return f'{module} is needed for this and not installed: pip install "svcli[{_EXTRA_OF[module]}]"', FAILURE
+            return f'{module} is needed for this and not installed: pip install "svcli[{_EXTRA_OF[module]}]"', MACHINE
     if isinstance(error, OSError) and error.strerror:
         place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return f"{place}{error.strerror}", FAILURE
@@ -97,7 +107,7 @@ def explain(error: Exception) -> tuple[str, int]:
     return f"unexpected {what} (set SVCLI_DEBUG=1 to see where)", FAILURE
 
 
-def _silence_stdout() -> None:
+def silence_stdout() -> None:
     """Point stdout nowhere, so that the interpreter's last flush does not fail a second time."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())

@@ -8,10 +8,14 @@ from svcli import ui
 
 if TYPE_CHECKING:
     from svcli_engines.plans import PlanRecord, PlanSet
+    from svcli_export.contract import Contract
 
 
-def render(plans: PlanSet, record: PlanRecord, remarks: dict[str, str]) -> None:
-    """A line and a table; `remarks` says something of each file."""
+def render(plans: PlanSet, record: PlanRecord, contract: Contract, remarks: dict[str, str]) -> None:
+    """Two lines and a table; `contract` is that of the bundle, `remarks` says something of each file."""
+    from svcli_export.inspection import kv_sizes
+
+    full, reduced = kv_sizes(contract)
     rows = [
         (
             name,
@@ -25,9 +29,11 @@ def render(plans: PlanSet, record: PlanRecord, remarks: dict[str, str]) -> None:
         for name, plan in record.plans.items()
     ]
     built = f"{record.backend} {record.backend_version} for {record.target}, {record.layout} layout, {record.precision}"
-    built += f", prompts up to {record.max_context} rows"
+    per_layer = ui.size_change(full.bytes_per_layer, reduced.bytes_per_layer)
+    memory = f"KV cache {per_layer} a layer, {full.rows}→{reduced.rows} rows; prompts up to {record.max_context} rows"
     # A title would be folded to the width of its table.
     ui.show(f"{plans.folder}: {built}")
+    ui.show(memory)
     ui.table("", ("plan", "layers", "weights", "scratch", "on disk", "plugins", ""), rows)
 
 

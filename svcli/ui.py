@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.control import Control
 from rich.measure import Measurement
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as BarProgress
 from rich.segment import ControlType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 # Answers and file names may hold anything; none of it may steer the terminal.
@@ -32,10 +32,17 @@ def printable(text: str) -> str:
     return _CONTROL_CHARACTERS.sub("\ufffd", text)
 
 
+class _Results(Console):
+    """stdout, whose reader may go."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def stdout() -> Console:
     # Where no terminal sets a width, tables get room enough not to be folded.
     width = None if sys.stdout.isatty() else 160
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return _Results(highlight=False, markup=False, emoji=False, width=width)
 
 
 def stderr() -> Console:
@@ -134,15 +141,20 @@ class Progress:
     """How far something long has come, on stderr: a bar on a terminal, else now and then a plain line."""
 
     SECONDS_BETWEEN_LINES = 30.0
+    WIDTH_FOR_FACTS = 70
+    """Where there is less room, the bar and the times are worth more."""
 
     def __init__(self) -> None:
         self._console = stderr()
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
+        wide = self._console.width >= self.WIDTH_FOR_FACTS
         self._bar = BarProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            *([TextColumn("{task.fields[facts]}")] if wide else []),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=self._console,
             expand=True,
             disable=not self._live,

@@ -1,6 +1,6 @@
 """A bundle becomes plans: one folder a target, each put in place in one move.
 
-Needs onnx, and torch for the shared layout. TensorRT and polygraphy are loaded in the builder's own process only.
+Building needs onnx, and torch for the shared layout. TensorRT and polygraphy are loaded in the builder's process only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import skipvision
 from skipvision.folders import write_directory
@@ -25,13 +26,12 @@ from svcli_engines.build_options import (
     Options,
     check_gpu,
     check_options,
+    check_place,
     check_room,
     choose_targets,
     find_gpu,
 )
-from svcli_engines.build_orders import RECIPES_FILE, Order, Part, plan_order, plan_parts
 from svcli_engines.builder_process import BuildError, Job, Task, Tools, build, find_tools
-from svcli_engines.plan_graphs import layout_weight_bytes
 from svcli_engines.plans import (
     FORMAT_VERSION,
     PLANS_FOLDER,
@@ -42,7 +42,11 @@ from svcli_engines.plans import (
     built_from,
     write_record,
 )
+from svcli_export.contract import Contract
 from svcli_export.manifest import Manifest, file_entry, load_manifest
+
+if TYPE_CHECKING:
+    from svcli_engines.build_orders import Order, Part
 
 Progress = Callable[[str, float, float, str], None]
 """Called with what is being done, how much of it is done, how much there is, and the file at hand."""
@@ -65,8 +69,8 @@ class Result:
     outcomes: tuple[Outcome, ...]
     weight_bytes: dict[EngineLayout, int]
     """With either layout."""
-    kv_rows: int
-    kv_bytes: int
+    contract: Contract
+    """Of the bundle."""
 
 
 def build_plans(
@@ -88,20 +92,26 @@ def build_plans(
     check_gpu(options.backend, targets, gpu)
     tools = find_tools(options.backend, gpu.driver)
     wanted = choose_targets(options.backend, targets, gpu, tools)
+    try:
+        from svcli_engines.build_orders import plan_order, plan_parts
+        from svcli_engines.plan_graphs import layout_weight_bytes
+    except ModuleNotFoundError as error:
+        raise MachineError(
+            f"{error.name} is needed for building plans, and missing: pip install {error.name}"
+        ) from None
     parts = plan_parts(bundle, manifest, options)
     sets = [PlanSet(bundle, options.backend, target, options.layout) for target in wanted]
     done, outcomes = 0, []
     with _alone(bundle):
         orders = [plan_order(plans, manifest, options, parts, tools) for plans in sets]
+        check_place(bundle, [order.plans.folder for order in orders if order.missing])
         check_room(bundle, [part.weight_bytes for order in orders for part in order.missing])
         total = sum(part.weight_bytes for order in orders for part in order.missing)
         for order in orders:
             work = _Work(manifest, options, parts, tools, gpu, order, partial(_tell, progress, order, done, total))
             outcomes.append(work.run())
             done += sum(part.weight_bytes for part in order.missing)
-    contract = manifest.contract
-    kv_bytes = contract.capacity * contract.kv_bytes_per_row
-    return Result(tuple(outcomes), layout_weight_bytes(bundle, manifest), contract.capacity, kv_bytes)
+    return Result(tuple(outcomes), layout_weight_bytes(bundle, manifest), manifest.contract)
 
 
 @contextmanager
@@ -114,7 +124,7 @@ def _alone(bundle: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in (*bundle.glob(".tensorrt*.onnx"), *(bundle / PLANS_FOLDER).glob(".tensorrt*")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield
     except BlockingIOError:
         raise BuildError(f"{bundle}: its plans are being built by another process; wait for that to end") from None
@@ -147,7 +157,7 @@ class _Work:
 
         def write(folder: Path) -> None:
             record = self._record(self._fill(folder))
-            (folder / RECIPES_FILE).write_text(json.dumps(order.recipes, indent=1) + "\n", encoding="utf-8")
+            (folder / order.recipes_file).write_text(json.dumps(order.recipes, indent=1) + "\n", encoding="utf-8")
             write_record(folder, record)
             records.append(record)
 

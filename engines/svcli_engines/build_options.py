@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -11,11 +12,13 @@ from pathlib import Path
 
 from svcli_engines import environment
 from svcli_engines.base import MachineError
-from svcli_engines.builder_process import Tools
+from svcli_engines.builder_process import BuildError, Tools
 from svcli_engines.plans import Backend, EngineLayout
 from svcli_export.manifest import Manifest
 
 _TARGET = re.compile(r"sm_\d{2,3}")
+_REFUSED = frozenset({"sm_75"})
+"""What TensorRT-RTX names, and builds no vision graph for."""
 _GROWTH, _SLACK = 1.25, 16 << 20
 """A plan is its weights, some of them packed anew, and code."""
 
@@ -112,12 +115,23 @@ def choose_targets(backend: Backend, targets: Sequence[str], gpu: LocalGpu, tool
                 f"TensorRT builds for the GPU that it runs on, {gpu.target} here, not for {target}; build on such a"
                 " machine, or with --backend tensorrt-rtx"
             )
-        if tools.targets and target not in tools.targets:
+        if backend == "tensorrt-rtx" and target in _REFUSED:
             raise BuildOptionError(
-                f"{backend} {tools.version} builds for {', '.join(tools.targets)}, not for {target}; build with"
-                " --backend tensorrt on a machine that has such a GPU"
+                f"TensorRT-RTX has no matrix product in fp32 for {target}, which merging tokens takes; build with"
+                " --backend tensorrt on such a machine"
             )
+        if tools.targets and target not in tools.targets:
+            known = [each for each in tools.targets if each not in _REFUSED]
+            raise BuildOptionError(f"{backend} {tools.version} builds for {', '.join(known)}, not for {target}")
     return wanted
+
+
+def check_place(bundle: Path, folders: Sequence[Path]) -> None:
+    """Raises BuildError where a bundle, or one of the `folders` in it that are to be replaced, cannot be written to."""
+    for folder in folders:
+        for place in (folder, folder.parent, bundle):
+            if place.exists() and not os.access(place, os.W_OK):
+                raise BuildError(f"{place} cannot be written to; copy the bundle to a folder of yours and build there")
 
 
 def check_room(bundle: Path, weight_bytes: Sequence[int]) -> None:

@@ -64,6 +64,7 @@ class Order:
     kept: dict[str, PlanFile]
     """Plans of that set that need not be built again."""
     missing: tuple[Part, ...]
+    recipes_file: str = RECIPES_FILE
 
 
 def plan_parts(bundle: Path, manifest: Manifest, options: Options) -> list[Part]:

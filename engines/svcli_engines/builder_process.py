@@ -33,6 +33,9 @@ _LONGEST = 300
 """Letters of a log that are quoted."""
 _SERIOUS = ("[E]", "[!]")
 """How errors begin in polygraphy's log."""
+_CHATTER = ("[V]", "[I]", "[W]")
+"""And everything that is none."""
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 _FULL_DISK = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 _BAD_DRIVER = re.compile(r"CUDA initialization failure|driver version is insufficient|driver too old", re.IGNORECASE)
 
@@ -111,9 +114,9 @@ class Answer(_Strict):
 
 def find_tools(backend: Backend, driver: int | None = None) -> Tools:
     """What can be built with here. Raises MachineError where something is missing, BuildError where it crashes."""
-    found = _run(Task(backend=backend, driver=driver), None, lambda _: None).tools
-    assert found is not None
-    return found
+    answer, _ = _run(Task(backend=backend, driver=driver), None, lambda _: None)
+    assert answer.tools is not None
+    return answer.tools
 
 
 def build(task: Task, log: Path, progress: Progress) -> Built:
@@ -121,9 +124,12 @@ def build(task: Task, log: Path, progress: Progress) -> Built:
 
     Raises MachineError for want of memory, disk, driver or packages, BuildError for all else.
     """
-    built = _run(task, log, progress).built
-    assert built is not None
-    return built
+    answer, words = _run(task, log, progress)
+    assert answer.built is not None
+    scratch = _ACTIVATIONS.findall(words)
+    if answer.built.scratch_bytes is None and scratch:
+        return answer.built.model_copy(update={"scratch_bytes": int(scratch[-1])})
+    return answer.built
 
 
 def command(channel: int) -> list[str]:
@@ -135,8 +141,8 @@ def command(channel: int) -> list[str]:
     return [sys.executable, "-I", "-u", "-X", "utf8", "-W", "ignore", "-c", code]
 
 
-def _run(task: Task, log: Path | None, progress: Progress) -> Answer:
-    """The answer, which is no failure."""
+def _run(task: Task, log: Path | None, progress: Progress) -> tuple[Answer, str]:
+    """The answer, which is no failure, and all that the process printed."""
     with tempfile.TemporaryFile() if log is None else log.open("a+b") as output:
         before = output.seek(0, os.SEEK_END)
         answer, code = _ask(task, output, progress)
@@ -148,7 +154,7 @@ def _run(task: Task, log: Path | None, progress: Progress) -> Answer:
         if answer.failure.is_lack:
             raise MachineError(answer.failure.message)
         raise _error(task, answer.failure.message, words, log)
-    return answer
+    return answer, words
 
 
 def _ask(task: Task, output: IO[bytes], progress: Progress) -> tuple[Answer | None, int]:
@@ -217,9 +223,15 @@ def _error(task: Task, message: str, words: str, log: Path | None) -> ValueError
     if _FULL_DISK.search(told):
         return MachineError(f"the disk is full: {_what(task)} could not be written; free some room and build again")
     if TOO_LITTLE_MEMORY.search(told):
+        limit = None if task.job is None else task.job.workspace
+        if limit is not None:
+            return BuildError(
+                f"{_what(task)} could not be built with --workspace {limit >> 20}; give it more MiB, or, if memory runs"
+                f" short, less{place}"
+            )
         return MachineError(
-            f"there was too little memory for building {_what(task)}; end what else uses it, give --workspace a smaller"
-            f" limit, or export with a smaller --max-context{place}"
+            f"there was too little memory for building {_what(task)}; end what else uses it, set a limit by"
+            f" --workspace, or export with a smaller --max-context{place}"
         )
     if _BAD_DRIVER.search(told):
         return MachineError(
@@ -227,8 +239,9 @@ def _error(task: Task, message: str, words: str, log: Path | None) -> ValueError
             f" `svcli doctor` says of it{place}"
         )
     # What comes first tends to be the cause. Where nothing is marked as an error, the end is all there is.
-    quoted = serious[0].removeprefix(_SERIOUS[0]) if serious else " | ".join(lines[-_LAST_LINES:])
-    reason = " ".join(quoted.split())[:_LONGEST] or "it printed nothing"
+    plain = [line for line in lines if not line.startswith(_CHATTER)]
+    quoted = serious[0].removeprefix(_SERIOUS[0]) if serious else " | ".join(plain[-_LAST_LINES:])
+    reason = " ".join(quoted.split())[:_LONGEST] or "it gave no reason"
     return BuildError(f"{_what(task)} could not be built: {message} ({reason}){place}")
 
 

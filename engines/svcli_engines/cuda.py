@@ -182,5 +182,7 @@ def _bindings() -> CudaRuntime:
     try:
         runtime: CudaRuntime = importlib.import_module("cuda.bindings.runtime")
     except ModuleNotFoundError:
-        raise MachineError("cuda-bindings is needed for this and not installed: pip install cuda-bindings") from None
+        raise MachineError(
+            "cuda-bindings is needed for this and not installed: pip install cuda-bindings; see `svcli doctor`, too"
+        ) from None
     return runtime

@@ -63,7 +63,7 @@ class PlanFile(_Strict):
     sha256: str
     num_layers: int
     scratch_bytes: int | None
-    """Device memory for activations; None where the builder cannot tell without a GPU."""
+    """Device memory for activations; None where the builder does not say."""
     weight_bytes: int
     profiles: tuple[dict[str, ShapeRange], ...]
     """Input name to range, one dictionary a profile."""
@@ -164,11 +164,12 @@ def write_record(folder: Path, record: PlanRecord) -> None:
 
 def find_plan_sets(bundle: Path) -> list[PlanSet]:
     """Every plan set of a bundle, by name, whatever its state."""
-    found = (
+    found = {
         PlanSet(bundle, backend, path.parent.name.removeprefix(f"{backend}-"))
         for backend in get_args(Backend)
-        for path in (bundle / PLANS_FOLDER).glob(f"{backend}-sm_*/{RECORD_FILE}")
-    )
+        for file in (RECORD_FILE, "*.plan")
+        for path in (bundle / PLANS_FOLDER).glob(f"{backend}-sm_*/{file}")
+    }
     return sorted(found, key=lambda plans: plans.folder.name)
 
 
@@ -183,7 +184,8 @@ def load_record(plans: PlanSet) -> PlanRecord:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its plans"
-        raise refusal(plans, f"{RECORD_FILE} at {where}: {first['msg']}") from None
+        what = first["msg"].removeprefix("Value error, ")
+        raise refusal(plans, f"{RECORD_FILE} at {where}: {what}") from None
     if (record.backend, record.target) != (plans.backend, plans.target):
         raise refusal(plans, f"the plans in it are of {record.backend} for {record.target}")
     return record
@@ -199,8 +201,15 @@ def check_fits(
 ) -> None:
     """Raises PlanError where plans do not fit the bundle, the run time or the GPU, or are missing, cut or altered.
 
-    Without `facts` only the bundle and the files are looked at; without `check_files` plans are not hashed.
+    Without `check_files` plans are not hashed.
     """
+    check_record(plans, record, manifest, facts)
+    for name, problem in plan_problems(plans, record, check_files=check_files).items():
+        raise refusal(plans.as_built(record, manifest.contract), f"{name} {problem}")
+
+
+def check_record(plans: PlanSet, record: PlanRecord, manifest: Manifest, facts: RuntimeFacts | None = None) -> None:
+    """The same, but for the files; without `facts` only the bundle is looked at."""
     contract = manifest.contract
     plans = plans.as_built(record, contract)
     if facts is not None:
@@ -216,14 +225,20 @@ def check_fits(
             name for name in sources.keys() | record.sources if sources.get(name) != record.sources.get(name)
         )
         raise refusal(plans, f"the bundle's {changed[0]} has changed since the plans were built")
+
+
+def plan_problems(plans: PlanSet, record: PlanRecord, *, check_files: bool = True) -> dict[str, str]:
+    """What is wrong with which plan: missing, cut, or altered."""
+    problems = {}
     for name, plan in record.plans.items():
         path = plans.folder / name
         if not path.is_file():
-            raise refusal(plans, f"{name} is missing")
-        if path.stat().st_size != plan.size:
-            raise refusal(plans, f"{name} has {path.stat().st_size} bytes instead of {plan.size}")
-        if check_files and file_entry(path).sha256 != plan.sha256:
-            raise refusal(plans, f"{name} was altered (its sha256 differs)")
+            problems[name] = "is missing"
+        elif path.stat().st_size != plan.size:
+            problems[name] = f"has {path.stat().st_size} bytes instead of {plan.size}"
+        elif check_files and file_entry(path).sha256 != plan.sha256:
+            problems[name] = "was altered (its sha256 differs)"
+    return problems
 
 
 def phase_spec(contract: Contract, layout: EngineLayout, phase: GraphName) -> GraphSpec:
@@ -294,6 +309,8 @@ def _read(plans: PlanSet) -> dict[str, Any]:
     try:
         data = json.loads((plans.folder / RECORD_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if plans.folder.is_dir():
+            raise refusal(plans, f"{RECORD_FILE} is missing") from None
         raise PlanError(
             f"{plans.bundle} has no plans of {plans.backend} for {plans.target}; build them with {plans.command}"
         ) from None

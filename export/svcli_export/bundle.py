@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -72,7 +74,8 @@ def export_bundle(
 
     `source` is a checkpoint or another bundle, whose rounding stays; limits that are None are the source's. `skip`
     overrides the source's setting. `pictures` are what the check looks at; test cards are drawn where there are none.
-    An interrupted or refused export leaves an older bundle as it was.
+    An interrupted or refused export leaves an older bundle as it was. What else lies in its folder, such as plans or a
+    README, stays.
 
     Raises ExportError, or what the parts raise: CheckpointError, BundleError, SourceError, ConfigError, ContractError
     (all ValueError).
@@ -94,6 +97,7 @@ def export_bundle(
 
     def write(folder: Path) -> None:
         progress("writing weights and graphs", 0.1)
+        _keep_others(output, folder)
         (folder / TOKENIZER_FILE).write_text(origin.tokenizer, encoding="utf-8")
         weights = WeightFile.write(stored_tensors(model, contract), folder / WEIGHTS_FILE)
         ops: dict[GraphName, GraphOps] = {}
@@ -109,6 +113,23 @@ def export_bundle(
     write_directory(output, write)
     progress("done", 1.0)
     return written[0]
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Takes over what is in the older bundle's folder and no part of it, without a copy where the disk can do that."""
+    own = {path.name for path in old.glob("*.onnx")} | {MANIFEST_FILE, TOKENIZER_FILE, WEIGHTS_FILE}
+    for path in old.iterdir() if old.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+        elif path.name not in own:
+            _link(path, new / path.name)
+
+
+def _link(old: str | Path, new: str | Path) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def _with_skip(model: SkipVisionModel, skip: Skip | None) -> SkipVisionModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from svcli_export.contract import Contract
 from svcli_export.manifest import Manifest, file_problems, load_manifest
 
 
@@ -35,15 +36,21 @@ class BundleSummary:
 def inspect_bundle(bundle: Path) -> BundleSummary:
     """Raises BundleError where the manifest is unusable; a damaged file is reported, not raised."""
     manifest = load_manifest(bundle, check_files=False)
-    contract = manifest.contract
+    full, reduced = kv_sizes(manifest.contract)
     return BundleSummary(
         manifest=manifest,
-        kv_full=_kv_size(contract.capacity_full, contract.kv_bytes_per_row, contract.num_layers),
-        kv_reduced=_kv_size(contract.capacity, contract.kv_bytes_per_row, contract.num_layers),
+        kv_full=full,
+        kv_reduced=reduced,
         size=sum(entry.size for entry in manifest.files.values()),
         file_problems=file_problems(bundle, manifest),
     )
 
 
-def _kv_size(rows: int, bytes_per_row: int, num_layers: int) -> KVSize:
-    return KVSize(rows, rows * bytes_per_row // num_layers, rows * bytes_per_row)
+def kv_sizes(contract: Contract) -> tuple[KVSize, KVSize]:
+    """As the plain model would need it, and as it is baked in."""
+    per_row = contract.kv_bytes_per_row
+    full, reduced = (
+        KVSize(rows, rows * per_row // contract.num_layers, rows * per_row)
+        for rows in (contract.capacity_full, contract.capacity)
+    )
+    return full, reduced

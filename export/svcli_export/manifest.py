@@ -22,6 +22,10 @@ class BundleError(ValueError):
     """A bundle that cannot be used; one sentence with what is wrong and what mends it."""
 
 
+class NoBundleError(BundleError):
+    """What is no bundle at all."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -167,11 +171,11 @@ def file_problems(bundle: Path, manifest: Manifest) -> dict[str, str]:
 
 def _read(bundle: Path) -> dict[str, Any]:
     if not bundle.is_dir():
-        raise BundleError(f"{bundle}: no such bundle folder; write one with `svcli export`")
+        raise NoBundleError(f"{bundle}: no such bundle folder; write one with `svcli export`")
     try:
         data = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BundleError(
+        raise NoBundleError(
             f"{bundle}: has no {MANIFEST_FILE}, so it is no bundle; write one with `svcli export`"
         ) from None
     except (OSError, ValueError, RecursionError) as error:

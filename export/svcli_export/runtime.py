@@ -36,7 +36,7 @@ def open_session(graph: Path, *, provider: Provider = "cpu", num_threads: int | 
     else:
         # int8 weights become fp32 once, while loading, instead of at every step.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    providers = ["CPUExecutionProvider"]
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if provider == "cuda":
         providers.insert(0, _cuda_provider())
     try:
@@ -45,7 +45,7 @@ def open_session(graph: Path, *, provider: Provider = "cpu", num_threads: int | 
         advice = "install a newer one, or export with precision int8"
         raise ProviderError(f"onnxruntime {ort.__version__} cannot open {graph.name}; {advice}") from error
     if provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise ProviderError("CUDA could not be started; run with the provider cpu, or check the driver with nvidia-smi")
+        raise ProviderError("CUDA could not be started; see what `svcli doctor` says of the driver, or use the CPU")
     return session
 
 
@@ -54,9 +54,11 @@ def _version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _cuda_provider() -> str:
+def _cuda_provider() -> tuple[str, dict[str, str]]:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise ProviderError(
-            "this onnxruntime has no CUDA; install svcli[gpu] instead of svcli[cpu], or use the provider cpu"
+            "this onnxruntime has no CUDA; install svcli[gpu] in place of svcli[cpu] (`svcli doctor` has the command),"
+            " or use the CPU"
         )
-    return "CUDAExecutionProvider"
+    # fp32 is what was asked for: TF32 has 10 bits of mantissa.
+    return "CUDAExecutionProvider", {"use_tf32": "0"}

@@ -57,7 +57,10 @@ def build_engine(
     workspace: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="MIB", help="Scratch memory that a kernel may ask for; TensorRT's own limit if left out."
+            min=1,
+            max=1 << 20,
+            metavar="MIB",
+            help="Scratch memory that a kernel may ask for; TensorRT's own limit if left out.",
         ),
     ] = None,
     timing_cache: Annotated[
@@ -89,14 +92,14 @@ def build_engine(
         ui.show(json.dumps({"bundle": str(bundle), **facts(result)}, indent=2))
         return
     for outcome in result.outcomes:
-        plan_tables.render(outcome.plans, outcome.record, _remarks(outcome))
+        plan_tables.render(outcome.plans, outcome.record, result.contract, _remarks(outcome))
     _render_memory(engine_layout.value, result)
 
 
 def facts(result: Result) -> dict[str, Any]:
     """Everything for programs."""
     return {
-        "kv_cache_bytes": result.kv_bytes,
+        "kv_cache_bytes": result.contract.capacity * result.contract.kv_bytes_per_row,
         "weight_bytes_by_layout": result.weight_bytes,
         "plan_sets": [
             plan_tables.facts(outcome.plans, outcome.record)
@@ -120,5 +123,6 @@ def _render_memory(layout: str, result: Result) -> None:
         (f"weights, {name}", f"{ui.size(size)}: {meanings[name]}{', as built' if name == layout else ''}")
         for name, size in result.weight_bytes.items()
     ]
-    cache = "KV cache", f"{ui.size(result.kv_bytes)}, {result.kv_rows} rows"
+    rows, per_row = result.contract.capacity, result.contract.kv_bytes_per_row
+    cache = "KV cache", f"{ui.size(rows * per_row)}, {rows} rows"
     ui.pairs("On the GPU, beside scratch memory", [*weights, cache])

@@ -14,7 +14,7 @@ from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
     from svcli_engines.plans import PlanError, PlanRecord, PlanSet
-    from svcli_export.contract import GraphSpec
+    from svcli_export.contract import Contract, GraphSpec
     from svcli_export.inspection import BundleSummary
     from svcli_export.manifest import GraphOps, Manifest
 
@@ -42,7 +42,7 @@ def inspect(
     else:
         _render(folder, summary)
         for each in plan_sets:
-            _render_plans(each)
+            _render_plans(each, summary.manifest.contract)
     for name, problem in summary.file_problems.items():
         raise BundleError(f"{folder}: {name} {problem}; re-export it with `svcli export`")
     misfits = [each.problem for each in plan_sets if each.problem is not None]
@@ -60,24 +60,31 @@ class ExaminedPlans:
     record: PlanRecord | None
     """None where it cannot be read."""
     problem: PlanError | None
+    remarks: dict[str, str]
+    """On each plan: `ok`, or what is wrong with it."""
 
 
 def examine_plans(bundle: Path, manifest: Manifest) -> list[ExaminedPlans]:
     """Every plan set of a bundle, checked against it; neither GPU nor TensorRT is asked for."""
-    from svcli_engines.plans import PlanError, check_fits, find_plan_sets, load_record
+    from svcli_engines.plans import PlanError, check_record, find_plan_sets, load_record, plan_problems, refusal
 
     found = []
     for plans in find_plan_sets(bundle):
         try:
             record = load_record(plans)
         except PlanError as error:
-            found.append(ExaminedPlans(plans, None, error))
+            found.append(ExaminedPlans(plans, None, error, {}))
             continue
+        problem = None
         try:
-            check_fits(plans, record, manifest)
-            found.append(ExaminedPlans(plans, record, None))
+            check_record(plans, record, manifest)
         except PlanError as error:
-            found.append(ExaminedPlans(plans, record, error))
+            problem = error
+        files = plan_problems(plans, record)
+        whole = "ok" if problem is None else "does not fit"
+        for name, what in files.items():
+            problem = problem or refusal(plans.as_built(record, manifest.contract), f"{name} {what}")
+        found.append(ExaminedPlans(plans, record, problem, {name: files.get(name, whole) for name in record.plans}))
     return found
 
 
@@ -148,10 +155,11 @@ def _render(folder: Path, summary: BundleSummary) -> None:
     )
 
 
-def _render_plans(each: ExaminedPlans) -> None:
-    if each.record is not None:
-        verdict = "ok" if each.problem is None else "does not fit"
-        plan_tables.render(each.plans, each.record, dict.fromkeys(each.record.plans, verdict))
+def _render_plans(each: ExaminedPlans, contract: Contract) -> None:
+    if each.record is None:
+        ui.show(f"{each.plans.folder}: unreadable")
+        return
+    plan_tables.render(each.plans, each.record, contract, each.remarks)
 
 
 def _settings(manifest: Manifest) -> list[tuple[str, str]]:

@@ -200,8 +200,8 @@ def test_a_manifest_of_another_version_or_shape_is_refused(
 
 
 def test_what_is_no_bundle_is_refused(picture: Path, tmp_path: Path) -> None:
-    refused(chat(picture, "what is this?", "--model", tmp_path / "nowhere"), 1, "nowhere")
-    refused(chat(picture, "what is this?", "--model", tmp_path), 1, "manifest.json")
+    refused(chat(picture, "what is this?", "--model", tmp_path / "nowhere"), 2, "nowhere")
+    refused(chat(picture, "what is this?", "--model", tmp_path), 2, "manifest.json")
     (tmp_path / "manifest.json").write_text("{")
     refused(chat(picture, "what is this?", "--model", tmp_path), 1, "manifest.json")
 

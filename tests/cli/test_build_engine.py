@@ -31,7 +31,7 @@ from tests.engines.fake_tensorrt import FakeTensorRT
 from tests.engines.workshop import HERE, NOWHERE, SHARED, SPLIT, VERSION, Workshop, open_workshop
 
 RTX = ("--backend", "tensorrt-rtx", "--target", "sm_89")
-SET = f"tensorrt-rtx {VERSION} for sm_89, split layout, fp16, prompts up to 96 rows"
+SET = f"tensorrt-rtx {VERSION} for sm_89, split layout, fp16"
 
 
 def svcli(*arguments: str | Path, code: int = 0) -> Result:
@@ -66,8 +66,10 @@ def test_plans_are_shown_with_the_memory_that_either_layout_takes(fp16: Path) ->
     done = svcli("build-engine", fp16, *RTX)
     shown = lines(done.stdout)
     assert shown[0] == f"{fp16}/plans/tensorrt-rtx-sm_89: {SET}"
-    assert [line.split()[:2] for line in shown[2:5]] == [[name, "7"] for name in SPLIT]
-    assert all(line.endswith("none built in 1.00 s") for line in shown[2:5])
+    # 2 layers, 2 KV heads of 8, in fp16; of 16 patches 4 retained and 2 summaries are kept, of 2 pictures.
+    assert shown[1] == "KV cache 6.0→4.8 KiB a layer, 96→76 rows; prompts up to 96 rows"
+    assert [line.split()[:2] for line in shown[3:6]] == [[name, "7"] for name in SPLIT]
+    assert all(line.endswith("none built in 1.00 s") for line in shown[3:6])
     assert any(re.fullmatch("weights, split .+: prefill and decode hold a copy each, as built", line) for line in shown)
     assert any(re.fullmatch("weights, shared .+: prefill and decode share one copy", line) for line in shown)
     contract = load_manifest(fp16).contract
@@ -157,7 +159,7 @@ def test_int8_is_refused_with_an_export_that_mends_it(
 
 
 def test_no_bundle_is_one_sentence(tmp_path: Path) -> None:
-    assert "no such bundle folder" in svcli("build-engine", tmp_path / "none", *RTX, code=1).stderr
+    assert "no such bundle folder" in svcli("build-engine", tmp_path / "none", *RTX, code=2).stderr
 
 
 def test_a_failed_build_is_exit_code_1_and_leaves_no_plans(workshop: Workshop, fp16: Path) -> None:
@@ -188,7 +190,8 @@ def test_inspect_shows_plans(fp16: Path) -> None:
     assert done.stderr == ""
     shown = lines(done.stdout)
     title = f"{fp16}/plans/tensorrt-rtx-sm_89: {SET}"
-    first = shown.index(title) + 2
+    assert shown[shown.index(title) + 1].startswith("KV cache 6.0→4.8 KiB a layer")
+    first = shown.index(title) + 3
     assert [line.split()[0] for line in shown[first : first + 3]] == SPLIT
     assert all(line.endswith("none ok") for line in shown[first : first + 3])
     (plans,) = json.loads(svcli("inspect", fp16, "--json").stdout)["plans"]
@@ -207,10 +210,31 @@ def test_inspect_names_plans_that_do_not_fit_and_what_mends_them(fp16: Path) -> 
     assert "tensorrt-rtx-sm_89: decode.plan is missing; build them again with `svcli build-engine" in note
     assert error.startswith("Error: ")
     assert "--target sm_120`" in error
-    assert sum(line.endswith("none does not fit") for line in lines(done.stdout)) == len(SPLIT)
+    shown = lines(done.stdout)
+    assert f"{fp16}/plans/tensorrt-rtx-sm_120: unreadable" in shown
+    assert [line.rpartition("none ")[2] for line in shown if line.partition(" ")[0] in SPLIT] == [
+        "ok",
+        "ok",
+        "is missing",
+    ]
     said = json.loads(svcli("inspect", fp16, "--json", code=1).stdout)["plans"]
     assert [plans["record"] is None for plans in said] == [True, False]
     assert all("build them again" in plans["problem"] for plans in said)
+
+
+@pytest.mark.usefixtures("workshop")
+def test_inspect_tells_plans_of_another_bundle_from_damaged_ones(fp16: Path) -> None:
+    svcli("build-engine", fp16, *RTX)
+    record = fp16 / "plans" / "tensorrt-rtx-sm_89" / "plan.json"
+    data = json.loads(record.read_text())
+    data["sources"]["decode.onnx"] = "0"
+    record.write_text(json.dumps(data))
+    shown = lines(svcli("inspect", fp16, code=1).stdout)
+    assert sum(line.endswith("none does not fit") for line in shown) == len(SPLIT)
+    record.unlink()
+    done = svcli("inspect", fp16, code=1)
+    assert f"{record.parent}: unreadable" in lines(done.stdout)
+    assert "plan.json is missing; build them again with" in done.stderr
 
 
 class Gpu:

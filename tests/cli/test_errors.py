@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 import typer
@@ -24,7 +29,7 @@ def test_what_the_user_gave_is_2_and_what_failed_is_1() -> None:
 def test_a_missing_extra_comes_with_its_install_command(module: str, extra: str) -> None:
     sentence, code = explain(ModuleNotFoundError(f"No module named {module!r}", name=module))
     assert sentence.endswith(f'pip install "svcli[{extra}]"')
-    assert code == 1
+    assert code == 3
 
 
 def test_an_os_error_names_the_file() -> None:
@@ -70,3 +75,35 @@ def test_interrupt_is_130_and_says_nothing(capsys: pytest.CaptureFixture[str]) -
 def test_a_reader_that_left_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(BrokenPipeError(errno.EPIPE, "Broken pipe")) == BROKEN_PIPE
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["doctor"], ["--version"]])
+def test_a_reader_that_goes_is_no_failure(command: list[str], arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_stdout_that_was_closed_is_no_defect(command: list[str]) -> None:
+    line = f"exec {shlex.join(command)} inspect >&-"
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_leaves_nothing_behind(
+    command: list[str], checkpoint: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    arguments = ["export", str(checkpoint), "-o", str(tmp_path / "bundle"), "--precision", "fp32"]
+    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("writing"):
+                break
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []

@@ -229,7 +229,7 @@ def test_without_torch_the_remedy_is_named(bundle: Path, picture: Path, monkeypa
         monkeypatch.delitem(sys.modules, module)
     for module in [name for name in sys.modules if name == "torch"]:
         monkeypatch.setitem(sys.modules, module, None)
-    done = verify(bundle, "--images", picture, "--engines", "onnxruntime", code=1)
+    done = verify(bundle, "--images", picture, "--engines", "onnxruntime", code=3)
     assert 'pip install "svcli[torch]"' in done.stderr
 
 

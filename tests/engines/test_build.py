@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -27,6 +29,7 @@ from svcli_engines.environment import Cuda, Gpu
 from svcli_engines.plans import (
     Backend,
     EngineLayout,
+    PlanError,
     PlanSet,
     RuntimeFacts,
     check_fits,
@@ -36,7 +39,7 @@ from svcli_engines.plans import (
 )
 from svcli_export.bundle import export_bundle
 from svcli_export.contract import ContractError
-from svcli_export.manifest import file_entry, load_manifest
+from svcli_export.manifest import FileEntry, file_entry, load_manifest
 from tests.engines.conftest import Exported, export_tiny
 from tests.engines.workshop import HERE, NOWHERE, SHARED, SPLIT, VERSION, Workshop, open_workshop
 from tests.optional import missing
@@ -94,7 +97,7 @@ def test_a_bundle_gets_plans_that_the_engine_accepts(
         *(f"{place}/{name}" for name in [*names, "plan.json", RECIPES_FILE]),
     }
     assert record.plans["vision.plan"].plugins == (("SummaryPool", "TokenGather") if backend == "tensorrt" else ())
-    assert result.kv_bytes == manifest.contract.capacity * manifest.contract.kv_bytes_per_row
+    assert result.contract == manifest.contract
     built_weights = sum(plan.weight_bytes for plan in record.plans.values())
     # The shared decoder has some numbers of its own, beside the weights.
     assert result.weight_bytes[layout] == pytest.approx(built_weights, rel=0.02)
@@ -264,6 +267,69 @@ def test_a_build_that_fails_leaves_the_older_set_as_it_was(
     assert (bundle / "plans" / "tensorrt-rtx-sm_89.log").read_text().splitlines() == SPLIT
 
 
+def test_one_build_of_a_bundle_at_a_time(workshop: Workshop, bundle: Path) -> None:
+    holder = os.open(bundle, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    sentence = refused(bundle, RTX, "sm_89", error=BuildError)
+    assert "are being built by another process; wait for that to end" in sentence
+    assert workshop.taken() == []
+    os.close(holder)
+    build_plans(bundle, RTX, ["sm_89"])
+
+
+@pytest.mark.usefixtures("workshop")
+def test_what_a_killed_build_left_goes_with_the_next_one(bundle: Path, tmp_path: Path) -> None:
+    before = files(bundle)
+    left = bundle / "plans" / ".tensorrt-rtx-sm_80.abc"
+    left.mkdir(parents=True)
+    (left / "vision.plan").write_text("half")
+    (bundle / ".tensorrt-rtx-sm_80.vision.plan.abc.onnx").write_text("half")
+    (tmp_path / "elsewhere").mkdir()
+    (bundle / "plans" / ".tensorrt-rtx-sm_86.abc").symlink_to(tmp_path / "elsewhere")
+    (outcome,) = build_plans(bundle, RTX, ["sm_89"]).outcomes
+    assert {name for name in files(bundle) if not name.startswith("plans/")} == before
+    assert {path.name for path in (bundle / "plans").iterdir()} == {outcome.plans.folder.name, outcome.plans.log.name}
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+@pytest.mark.usefixtures("workshop")
+def test_a_set_that_lies_on_another_disk_stays_there(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "large disk" / "set").mkdir(parents=True)
+    (bundle / "plans").mkdir()
+    link = bundle / "plans" / "tensorrt-rtx-sm_89"
+    link.symlink_to(tmp_path / "large disk" / "set")
+    for layout in ("split", "shared"):
+        build_plans(bundle, Options("tensorrt-rtx", layout), ["sm_89"])
+    assert link.is_symlink()
+    assert (tmp_path / "large disk" / "set" / "decoder.plan").is_file()
+    assert sorted(path.name for path in (tmp_path / "large disk").iterdir()) == ["set"]
+
+
+@pytest.mark.parametrize("module", ["plan_builder.py", "plugins/registration.py", "plugins/launch.py"])
+def test_other_code_that_builds_means_other_plans(
+    workshop: Workshop, bundle: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    workshop.gpu = HERE
+    build_plans(bundle, Options("tensorrt"))
+    workshop.taken()
+    entry = file_entry
+
+    def changed(path: Path) -> FileEntry:
+        return FileEntry(sha256="other", size=1) if path.as_posix().endswith(module) else entry(path)
+
+    monkeypatch.setattr(build_orders, "file_entry", changed)
+    build_plans(bundle, Options("tensorrt"))
+    assert workshop.taken() == (SPLIT if module == "plan_builder.py" else ["vision.plan", "prefill.plan"])
+
+
+@pytest.mark.usefixtures("workshop")
+def test_what_mends_a_set_builds_it_as_it_was(bundle: Path) -> None:
+    (outcome,) = build_plans(bundle, Options("tensorrt-rtx", "shared", max_context=64), ["sm_89"]).outcomes
+    (outcome.plans.folder / "decoder.plan").unlink()
+    with pytest.raises(PlanError, match="--target sm_89 --engine-layout shared --max-context 64`"):
+        check_fits(PlanSet(bundle, "tensorrt-rtx", "sm_89"), outcome.record, load_manifest(bundle))
+
+
 def test_a_full_disk_while_writing_is_something_lacking(workshop: Workshop, bundle: Path) -> None:
     workshop.fails = {"vision.plan": OSError(errno.ENOSPC, "No space left on device")}
     with pytest.raises(MachineError, match="is full; free some room"):
@@ -328,7 +394,7 @@ def test_other_precisions_are_refused_with_the_export_that_gives_fp16(tmp_path: 
         (NOWHERE, RTX, ["8.9"], "--target 8.9: write a compute capability, such as sm_89"),
         (NOWHERE, RTX, ["sm_89x"], "--target sm_89x"),
         (NOWHERE, RTX, ["sm_90"], "tensorrt-rtx 1.7.1 builds for sm_80, sm_89, sm_120, not for sm_90"),
-        (LocalGpu("sm_90", None, 13000), RTX, [], "not for sm_90; build with --backend tensorrt"),
+        (LocalGpu("sm_90", None, 13000), RTX, [], "builds for sm_80, sm_89, sm_120, not for sm_90"),
         (HERE, Options("tensorrt"), ["sm_80"], "sm_89 here, not for sm_80; build on such a machine"),
         (NOWHERE, Options("tensorrt-rtx", timing_cache=Path("x")), ["sm_89"], "TensorRT-RTX measures nothing"),
         (HERE, Options("tensorrt", timing_cache=Path("/nowhere/x")), [], "there is no such folder"),

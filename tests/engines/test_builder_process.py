@@ -19,7 +19,7 @@ import pytest
 
 from svcli_engines import builder_process, plan_builder
 from svcli_engines.base import MachineError
-from svcli_engines.builder_process import Answer, BuildError, Job, Task, Tools, build, find_tools
+from svcli_engines.builder_process import Answer, BuildError, Built, Job, Task, Tools, build, find_tools
 from svcli_engines.plan_builder import Channel, Phases
 from svcli_engines.plans import Backend, ShapeRange
 from tests.engines import fake_builder
@@ -157,6 +157,29 @@ def test_a_build_that_fails_says_why_and_where_its_log_is(
         assert "decode.plan for sm_89 could not be built" in sentence
     assert log.read_text().startswith("[V] parsing decode.onnx\n")
     assert not (tmp_path / "decode.plan").exists()
+
+
+@pytest.mark.usefixtures("packages")
+def test_a_workspace_that_is_too_small_is_no_lack_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVCLI_FAULT", "memory")
+    sentence = failing(task(tmp_path, workspace=1 << 20), tmp_path / "log", BuildError)
+    assert "could not be built with --workspace 1; give it more MiB" in sentence
+
+
+def test_scratch_memory_is_what_the_log_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer(built=Built(version="1", num_layers=1, seconds=1.0)).model_dump_json(exclude_none=True)
+    said = "os.write(1, b'[V] Total Activation Memory: 1 bytes\\n[V] Total Activation Memory: 4096 bytes\\n');"
+    monkeypatch.setattr(builder_process, "command", program(f"{said} os.write(CHANNEL, {answer.encode()!r} + b'\\n')"))
+    (tmp_path / "log").write_text("[V] Total Activation Memory: 99 bytes\n")  # of the plan before
+    assert build(task(tmp_path), tmp_path / "log", lambda _: None).scratch_bytes == 4096
+
+
+def test_chatter_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "os.write(1, b'[V] Detected 1 inputs\\n[I] Building\\n'); os.kill(os.getpid(), 11)"
+    monkeypatch.setattr(builder_process, "command", program(text))
+    assert "ended by SIGSEGV (it gave no reason)" in failing(task(tmp_path), tmp_path / "log", BuildError)
 
 
 @pytest.mark.usefixtures("packages")

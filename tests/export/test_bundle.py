@@ -153,8 +153,17 @@ def test_an_existing_folder_is_left_alone(checkpoint: Path, bundle: Path, tmp_pa
     with pytest.raises(ExportError, match="holds no bundle"):
         export(checkpoint, holiday, overwrite=True)
     assert (holiday / "photo.jpg").exists()
+    (bundle / "plans" / "set").mkdir(parents=True)
+    (bundle / "plans" / "set" / "decode.plan").write_text("a plan")
+    (bundle / "README.md").write_text("what it can do")
+    (bundle / "README.txt").symlink_to("README.md")
     assert export(checkpoint, bundle, overwrite=True, skip="off").config.skip is None
     assert load_manifest(bundle).config.skip is None
+    # What is none of the bundle's files stays.
+    assert (bundle / "plans" / "set" / "decode.plan").read_text() == "a plan"
+    assert (bundle / "README.txt").readlink() == Path("README.md")
+    assert (bundle / "README.txt").read_text() == "what it can do"
+    assert len(list(bundle.iterdir())) == len(before) + 3
 
 
 @pytest.mark.parametrize("step", ["prefill_graph", "verify", "file_entry"])

@@ -35,5 +35,5 @@ def test_cuda_that_cannot_start_is_refused(tmp_path: Path, monkeypatch: pytest.M
     """onnxruntime-gpu lists CUDA without a GPU, prints errors and falls back to the CPU."""
     path = save(tmp_path / "good.onnx", "Relu", 23)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(ProviderError, match="nvidia-smi"):
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(ProviderError, match="svcli doctor"):
         open_session(path, provider="cuda")
