@@ -7,6 +7,7 @@ from pathlib import Path
 
 from svcli_engines.environment import PACKAGES, Environment, TensorRT
 
+_ON_THE_BUNDLED_MODEL = ("chat-cpu", "chat-cuda", "chat-torch-cuda")
 _BASE = ("numpy", "pillow", "tokenizers", "jinja2", "pydantic")
 
 
@@ -43,12 +44,12 @@ def abilities(found: Environment) -> tuple[Ability, ...]:
         ),
         Ability(
             "chat-tensorrt",
-            f"svcli chat --engine tensorrt {picture}",
+            f"svcli chat --model BUNDLE --engine tensorrt {picture}",
             _gpu(found) or _base(found) or _tensorrt(found, full, "cuda-bindings"),
         ),
         Ability(
             "chat-tensorrt-rtx",
-            f"svcli chat --engine tensorrt-rtx {picture}",
+            f"svcli chat --model BUNDLE --engine tensorrt-rtx {picture}",
             _gpu(found) or _base(found) or _tensorrt(found, rtx, "cuda-bindings"),
         ),
         Ability(
@@ -73,8 +74,8 @@ def abilities(found: Environment) -> tuple[Ability, ...]:
 
 
 def runs_anything(each: tuple[Ability, ...]) -> bool:
-    """Whether there is an engine to chat with."""
-    return any(ability.works for ability in each if ability.name.startswith("chat-"))
+    """Whether there is an engine to chat with, on the bundled model: it has no plans."""
+    return any(ability.works for ability in each if ability.name in _ON_THE_BUNDLED_MODEL)
 
 
 def warnings(found: Environment) -> tuple[str, ...]:

@@ -109,9 +109,19 @@ def build_plans(
         total = sum(part.weight_bytes for order in orders for part in order.missing)
         for order in orders:
             work = _Work(manifest, options, parts, tools, gpu, order, partial(_tell, progress, order, done, total))
-            outcomes.append(work.run())
+            try:
+                outcomes.append(work.run())
+            except (BuildError, MachineError) as error:
+                raise _among(error, [each.plans.target for each in orders], len(outcomes)) from None
             done += sum(part.weight_bytes for part in order.missing)
     return Result(tuple(outcomes), layout_weight_bytes(bundle, manifest), manifest.contract)
+
+
+def _among(error: BuildError | MachineError, targets: Sequence[str], num_done: int) -> BuildError | MachineError:
+    """The error, with what became of the other targets."""
+    done, left = targets[:num_done], targets[num_done + 1 :]
+    others = [f"{', '.join(names)} {what}" for names, what in ((done, "done"), (left, "not tried")) if names]
+    return type(error)("; ".join([str(error), *others]))
 
 
 @contextmanager

@@ -330,6 +330,35 @@ def test_what_mends_a_set_builds_it_as_it_was(bundle: Path) -> None:
         check_fits(PlanSet(bundle, "tensorrt-rtx", "sm_89"), outcome.record, load_manifest(bundle))
 
 
+@pytest.mark.parametrize("failure", [BuildError("no kernel"), MachineError("no memory")])
+def test_a_failure_says_what_became_of_the_other_targets(
+    workshop: Workshop, bundle: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    build_one = workshop.build
+
+    def build(task: Task, log: Path, progress: Any) -> Any:
+        if "sm_89" in log.name:
+            raise failure
+        return build_one(task, log, progress)
+
+    monkeypatch.setattr(build_module, "build", build)
+    with pytest.raises(type(failure), match=r"^no \w+; sm_80 done; sm_120 not tried$"):
+        build_plans(bundle, RTX, ["sm_80", "sm_89", "sm_120"])
+    assert [plans.target for plans in find_plan_sets(bundle)] == ["sm_80"]
+
+
+def test_a_bundle_that_cannot_be_written_to_is_said_before_anything_is_built(
+    workshop: Workshop, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_plans(bundle, RTX, ["sm_89"])
+    workshop.taken()
+    monkeypatch.setattr("os.access", lambda place, _mode: Path(place).name != "plans")
+    build_plans(bundle, RTX, ["sm_89"])  # up to date: there is nothing to write
+    sentence = refused(bundle, RTX, "sm_80", error=BuildError)
+    assert f"{bundle / 'plans'} cannot be written to; copy the bundle" in sentence
+    assert workshop.taken() == []
+
+
 def test_a_full_disk_while_writing_is_something_lacking(workshop: Workshop, bundle: Path) -> None:
     workshop.fails = {"vision.plan": OSError(errno.ENOSPC, "No space left on device")}
     with pytest.raises(MachineError, match="is full; free some room"):
@@ -395,6 +424,7 @@ def test_other_precisions_are_refused_with_the_export_that_gives_fp16(tmp_path: 
         (NOWHERE, RTX, ["sm_89x"], "--target sm_89x"),
         (NOWHERE, RTX, ["sm_90"], "tensorrt-rtx 1.7.1 builds for sm_80, sm_89, sm_120, not for sm_90"),
         (LocalGpu("sm_90", None, 13000), RTX, [], "builds for sm_80, sm_89, sm_120, not for sm_90"),
+        (NOWHERE, RTX, ["sm_75"], "no matrix product in fp32 for sm_75"),
         (HERE, Options("tensorrt"), ["sm_80"], "sm_89 here, not for sm_80; build on such a machine"),
         (NOWHERE, Options("tensorrt-rtx", timing_cache=Path("x")), ["sm_89"], "TensorRT-RTX measures nothing"),
         (HERE, Options("tensorrt", timing_cache=Path("/nowhere/x")), [], "there is no such folder"),
