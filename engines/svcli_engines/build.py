@@ -35,6 +35,7 @@ from svcli_engines.builder_process import BuildError, Job, Task, Tools, build, f
 from svcli_engines.plans import (
     FORMAT_VERSION,
     PLANS_FOLDER,
+    RECIPES_FILE,
     EngineLayout,
     PlanFile,
     PlanRecord,
@@ -132,14 +133,19 @@ def _alone(bundle: Path) -> Iterator[None]:
     """
     descriptor = os.open(bundle, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, bundle)
         for left in (*bundle.glob(".tensorrt*.onnx"), *(bundle / PLANS_FOLDER).glob(".tensorrt*")):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield
-    except BlockingIOError:
-        raise BuildError(f"{bundle}: its plans are being built by another process; wait for that to end") from None
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, bundle: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BuildError(f"{bundle}: its plans are being built by another process; wait for that to end") from None
 
 
 def _tell(progress: Progress, order: Order, before: float, total: float, file: str, done: float) -> None:
@@ -167,7 +173,7 @@ class _Work:
 
         def write(folder: Path) -> None:
             record = self._record(self._fill(folder))
-            (folder / order.recipes_file).write_text(json.dumps(order.recipes, indent=1) + "\n", encoding="utf-8")
+            (folder / RECIPES_FILE).write_text(json.dumps(order.recipes, indent=1) + "\n", encoding="utf-8")
             write_record(folder, record)
             records.append(record)
 

@@ -15,6 +15,7 @@ from svcli_engines.build_options import Options
 from svcli_engines.builder_process import Tools
 from svcli_engines.plan_graphs import phases_of, plan_graph, plugin_nodes, weight_sizes
 from svcli_engines.plans import (
+    RECIPES_FILE,
     PlanError,
     PlanFile,
     PlanRecord,
@@ -28,9 +29,6 @@ from svcli_engines.plans import (
 from svcli_engines.plugins.compile import SOURCE
 from svcli_export.contract import CACHE_PARTS, GraphName, build_contract, past_name, present_name
 from svcli_export.manifest import FileEntry, Manifest, file_entry
-
-RECIPES_FILE = "recipes.json"
-"""Beside plan.json: of each plan one hash of all that it was built from."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,6 @@ class Order:
     kept: dict[str, PlanFile]
     """Plans of that set that need not be built again."""
     missing: tuple[Part, ...]
-    recipes_file: str = RECIPES_FILE
 
 
 def plan_parts(bundle: Path, manifest: Manifest, options: Options) -> list[Part]:

@@ -20,6 +20,8 @@ from svcli_export.manifest import Manifest, file_entry, required_files
 
 FORMAT_VERSION = 1
 RECORD_FILE = "plan.json"
+RECIPES_FILE = "recipes.json"
+"""Beside it: of each plan one hash of all that it was built from."""
 PLANS_FOLDER = "plans"
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]

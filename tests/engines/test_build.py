@@ -22,11 +22,11 @@ from svcli_engines import build_orders, environment
 from svcli_engines.base import MachineError
 from svcli_engines.build import Result, build_plans
 from svcli_engines.build_options import BuildOptionError, LocalGpu, Options, find_gpu
-from svcli_engines.build_orders import RECIPES_FILE
 from svcli_engines.builder_process import BuildError, Job, Task, Tools
 from svcli_engines.builder_process import build as build_for_real
 from svcli_engines.environment import Cuda, Gpu
 from svcli_engines.plans import (
+    RECIPES_FILE,
     Backend,
     EngineLayout,
     PlanError,
