@@ -27,7 +27,7 @@ from svcli_engines.plugins.launch import (
     token_gather,
 )
 from svcli_engines.plugins.registration import PluginError, register_plugins
-from svcli_export.ops import PLUGIN_NAMESPACE
+from svcli_export.functions import PLUGIN_NAMESPACE
 from tests.plugins import fake_tensorrt
 from tests.plugins.plugin_rules import SHAPES, answers, verdicts
 
