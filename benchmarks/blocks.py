@@ -226,15 +226,23 @@ def selection() -> str:
 def kernels() -> str:
     """The plugins' kernels beside a copy."""
     found = result("gpu_check")
+    if not found.get("cases"):
+        raise NotMeasuredError("no kernel was measured: run `python -m benchmarks.gpu_check`")
     rows = []
     for case in found["cases"]:
         shape = "x".join(map(str, case["data" if "data" in case else "tokens"]))
-        what = f"{case['taken']} rows of {shape}" if "taken" in case else f"{shape}, {case['blocks']} blocks"
+        what = f"{case['taken']} rows of {shape}" if "taken" in case else shape
         moved, share = case["gigabytes_per_second"], case["share_of_copy"]
         rows.append([f"{case['op']} {case['dtype']}, {what}", f"{case['microseconds']['median']:.3g} us"])
-        rows[-1] += [f"{moved['kernel']:,.0f} GB/s", percent(share["ratio"])]
+        rows[-1] += [f"{moved['kernel']:,.0f} GB/s", "" if share is None else percent(share["ratio"])]
     header = ["kernel", "time", "bandwidth", "of a copy's"]
-    return table(header, rows) + f"\n\n{found['checked']:,} cases answered as PyTorch does. {_on_gpu(found)}"
+    right = found["checked"] - len(found["wrong"])
+    return (
+        table(header, rows)
+        + f"\n\n{right:,} of {found['checked']:,} cases answered as PyTorch does. The smallest launch takes"
+        + f" {found['launch_floor_microseconds']['median']:.3g} us; a share is given where the copy takes more than ten"
+        + f" times that. {_on_gpu(found)}"
+    )
 
 
 def gpu_engine() -> str:

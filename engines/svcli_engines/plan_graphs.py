@@ -1,8 +1,8 @@
 """A bundle's graphs as plan builders want them.
 
 Cache writes become TensorScatter of opset 24, which TensorRT does in place. TensorRT keeps our own ops, since plugins
-take the place of their bodies; TensorRT-RTX has no plugins and gets the bodies. Importing this needs onnx;
-`shared_graph` also needs torch, through the writer of graphs.
+take the place of their bodies, and SummaryPool is two of them; TensorRT-RTX has no plugins and gets the bodies.
+Importing this needs onnx; `shared_graph` also needs torch, through the writer of graphs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnx.inliner import inline_local_functions
 from svcli_engines.graph_problems import STANDARD, problems
 from svcli_engines.plans import PLACES, Backend, EngineLayout, phase_spec
 from svcli_engines.plugins.launch import OPS
+from svcli_engines.summary_nodes import split_pools
 from svcli_export.contract import CUSTOM_DOMAIN, Contract, GraphName
 from svcli_export.manifest import Manifest
 
@@ -59,6 +60,8 @@ def adapt(model: ModelProto, backend: Backend) -> ModelProto:
     adapted = ModelProto()
     adapted.CopyFrom(model)
     has_cache = _update_in_place(adapted.graph)
+    if backend == "tensorrt":
+        split_pools(adapted)
     functions = [function for function in adapted.functions if function.name != _CACHE_WRITE]
     del adapted.functions[:]
     adapted.functions.extend(functions)

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from svcli_export.contract import CUSTOM_DOMAIN, OPSET, Contract, GraphName
-from svcli_export.ops import FUNCTIONS, PLUGIN_NAMESPACE
+from svcli_export.functions import FUNCTIONS, PLUGIN_NAMESPACE
 from svcli_export.quantize import SCALE, TRANSPOSED
 from svcli_export.weights import WeightFile
 

@@ -96,7 +96,8 @@ def test_a_bundle_gets_plans_that_the_engine_accepts(
         f"{place}.log",
         *(f"{place}/{name}" for name in [*names, "plan.json", RECIPES_FILE]),
     }
-    assert record.plans["vision.plan"].plugins == (("SummaryPool", "TokenGather") if backend == "tensorrt" else ())
+    plugins = ("SummaryMerge", "SummaryPartial", "TokenGather") if backend == "tensorrt" else ()
+    assert record.plans["vision.plan"].plugins == plugins
     assert result.contract == manifest.contract
     built_weights = sum(plan.weight_bytes for plan in record.plans.values())
     # The shared decoder has some numbers of its own, beside the weights.
@@ -114,7 +115,7 @@ def test_what_the_builder_is_asked_is_what_the_contract_says(workshop: Workshop,
     assert vision.caches == {}
     assert len(decoder.caches) == 2 * contract.num_layers
     assert decoder.caches["past_key_values.1.value"] == "present.1.value"
-    assert (vision.num_plugins, decoder.num_plugins) == (8, 1 + 2 * contract.num_layers)
+    assert (vision.num_plugins, decoder.num_plugins) == (10, 1 + 2 * contract.num_layers)
     for job in (vision, decoder):
         assert (job.target, job.workspace, job.runs_here) == ("sm_89", 3 << 20, True)
         assert job.timing_cache == bundle.parent / "timings"

@@ -6,6 +6,7 @@ On whole graphs in ONNX Runtime: it runs TensorScatter too, from the version on 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from svcli_engines.plan_graphs import (
     weight_sizes,
 )
 from svcli_engines.plans import Backend, EngineLayout, phase_spec
-from svcli_export.contract import CACHE_PARTS, OPSET, GraphName, past_name
+from svcli_export.contract import CACHE_PARTS, CUSTOM_DOMAIN, OPSET, GraphName, past_name
 from svcli_export.manifest import Manifest
 from svcli_export.runtime import open_session
 from tests.engines.conftest import Exported, export_tiny
@@ -160,12 +161,39 @@ def test_rows_behind_those_that_are_written_stay_as_they_were(exported: Exported
 @pytest.mark.parametrize("phase", PHASES)
 def test_tensorrt_keeps_the_nodes_that_become_plugins(fp16: Exported, phase: GraphName) -> None:
     model = read(fp16, phase)
-    before = plugin_nodes(model)
+    before = Counter(node.op_type for node in model.graph.node if node.domain == CUSTOM_DOMAIN)
+    pools = before.pop("SummaryPool", 0)
+    del before["CacheWrite"]
     adapted = adapt(model, "tensorrt")
-    assert plugin_nodes(adapted) == before
-    assert {function.name for function in adapted.functions} == set(before)
-    assert set(before) == {"vision": {"TokenGather", "SummaryPool"}, "prefill": {"TokenGather"}, "decode": set()}[phase]
+    found = plugin_nodes(adapted)
+    assert found == before + Counter(SummaryPartial=pools, SummaryMerge=pools)
+    assert {function.name for function in adapted.functions} == set(found)
+    ops = {"vision": {"TokenGather", "SummaryPartial", "SummaryMerge"}, "prefill": {"TokenGather"}, "decode": set()}
+    assert set(found) == ops[phase]
     onnx.checker.check_model(saved(adapted, fp16.bundle))
+
+
+def test_a_pool_is_two_nodes_of_the_same_weights(fp16: Exported) -> None:
+    model = read(fp16, "vision")
+    adapted = adapt(model, "tensorrt")
+    pools, partials, merges = (
+        nodes(each, op) for each, op in ((model, "SummaryPool"), (adapted, "SummaryPartial"), (adapted, "SummaryMerge"))
+    )
+    assert len(pools) == len(partials) == len(merges) > 0
+    for pool, part, merge in zip(pools, partials, merges, strict=True):
+        assert list(part.input) == list(pool.input)
+        assert list(merge.input) == [part.output[0], pool.input[1]]
+        assert (list(merge.output), merge.name) == (list(pool.output), pool.name)
+        assert part.domain == merge.domain == CUSTOM_DOMAIN
+        assert attributes(part) == attributes(pool)
+        assert attributes(merge) == {"plugin_namespace": b"svcli"}
+        assert attributes(pool).keys() == {"plugin_namespace", "epsilon"}
+    names = [node.name for node in adapted.graph.node]
+    assert len(names) == len(set(names))
+
+
+def attributes(node: NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 @pytest.mark.parametrize("phase", PHASES)

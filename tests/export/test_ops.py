@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from svcli_export import ops
 from svcli_export.contract import OPSET
+from svcli_export.functions import FUNCTIONS
 
 
 def run_node(op_type: str, feeds: dict[str, np.ndarray[Any, Any]], **attributes: Any) -> np.ndarray[Any, Any]:
@@ -27,7 +28,7 @@ def run_node(op_type: str, feeds: dict[str, np.ndarray[Any, Any]], **attributes:
     assert output_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
     graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("out", output_type, None)])
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("svcli", 1)]
-    model = helper.make_model(graph, functions=[ops.FUNCTIONS[op_type]()], opset_imports=opsets, ir_version=11)
+    model = helper.make_model(graph, functions=[FUNCTIONS[op_type]()], opset_imports=opsets, ir_version=11)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, feeds)[0])
 

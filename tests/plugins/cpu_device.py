@@ -44,7 +44,7 @@ def host_compiler() -> str | None:
 
 
 class CpuDevice:
-    """Compiles the kernels once for each element type and number of blocks, and launches them."""
+    """Compiles the kernels once for each element type, and launches them."""
 
     def __init__(self, compiler: str, folder: Path) -> None:
         """`folder` takes what is compiled."""
@@ -53,7 +53,7 @@ class CpuDevice:
         self._machine = folder / "machine.o"
         self._source = SOURCE
         self._warnings: tuple[str, ...] = _WARNINGS
-        self._libraries: dict[tuple[Element, int], ctypes.CDLL] = {}
+        self._libraries: dict[Element, ctypes.CDLL] = {}
         self._compile(*_WARNINGS, "-c", "-o", str(self._machine), str(MACHINE))
 
     def with_source(self, source: Path) -> CpuDevice:
@@ -63,43 +63,36 @@ class CpuDevice:
         return other
 
     def launch(
-        self,
-        launch: Launch,
-        element: Element,
-        inputs: Sequence[Tensor],
-        output: Tensor,
-        *,
-        num_blocks: int = 1,
-        seed: int = 0,
+        self, launch: Launch, element: Element, inputs: Sequence[Tensor], output: Tensor, *, seed: int = 0
     ) -> None:
         """Raises KernelFault, also where an element of `output`, all poison before, was not written."""
         parameters = PackedParameters(launch, [each.data_ptr() for each in inputs], output.data_ptr())
-        self.launch_packed(launch.entry, launch.grid, launch.block, parameters.address, element, num_blocks, seed)
+        self.launch_packed(launch.entry, launch.grid, launch.block, parameters.address, element, seed)
         if _is_poison(output).any():
             raise KernelFault("not every element of the output was written")
 
     def launch_packed(
-        self, entry: str, grid: int, block: int, parameters: int, element: Element, num_blocks: int, seed: int = 0
+        self, entry: str, grid: int, block: int, parameters: int, element: Element, seed: int = 0
     ) -> None:
         """As cuLaunchKernel: `parameters` is the address of the parameters' addresses. Raises KernelFault."""
         message = ctypes.create_string_buffer(200)
-        failed = self._library(element, num_blocks).shim_launch(
+        failed = self._library(element).shim_launch(
             entry.encode(), grid, block, ctypes.c_void_p(parameters), seed, message
         )
         if failed:
             raise KernelFault(message.value.decode())
 
-    def _library(self, element: Element, num_blocks: int) -> ctypes.CDLL:
-        if (element, num_blocks) not in self._libraries:
+    def _library(self, element: Element) -> ctypes.CDLL:
+        if element not in self._libraries:
             constants: dict[str, object] = {"KERNELS": f'"{self._source}"'}
             for op in OPS:
-                constants |= defines(op, element, num_blocks)
+                constants |= defines(op, element)
             flags = [f"-D{name}={value}" for name, value in constants.items()]
-            target = self._folder / f"{element}-{num_blocks}.so"
+            target = self._folder / f"{element}.so"
             inputs = (str(GLUE), str(self._machine))
             self._compile(*self._warnings, *_SANITIZER, *flags, "-shared", "-o", str(target), *inputs)
-            self._libraries[element, num_blocks] = ctypes.CDLL(str(target))
-        return self._libraries[element, num_blocks]
+            self._libraries[element] = ctypes.CDLL(str(target))
+        return self._libraries[element]
 
     def _compile(self, *arguments: str) -> None:
         done = subprocess.run([self._compiler, *_OPTIONS, *arguments], capture_output=True, text=True, check=False)

@@ -1,10 +1,8 @@
-// Runs CUDA threads on the CPU, each as a fiber, so that barriers, shuffles, shared memory and clusters do what they do
-// on a GPU.
+// Runs CUDA threads on the CPU, each as a fiber, so that barriers, shuffles and shared memory do what they do on a GPU.
 //
 // What a GPU would not forgive is reported: a barrier that some threads never reach, an access outside of a buffer
-// (buffers end at a page that cannot be touched) or to the shared memory of a block that has left, a misaligned access
-// (the compiler's sanitizer). Shared memory starts as NaN, and the order in which threads and blocks run is drawn from
-// a seed, so that a missing barrier shows.
+// (buffers end at a page that cannot be touched), a misaligned access (the compiler's sanitizer). Shared memory starts as
+// NaN, and the order in which threads and blocks run is drawn from a seed, so that a missing barrier shows.
 
 #include "cuda_on_cpu.h"
 
@@ -40,15 +38,8 @@ struct Warp {
   float values[2][kLanes];  // two, so that who is early cannot overwrite what others have yet to read
 };
 
-struct Block {
-  Gate gate;
-  std::vector<Warp> warps;
-  unsigned running = 0;  // threads
-};
-
 struct Fiber : Thread {
   ucontext_t context;
-  Block* home;
   Gate* waiting = nullptr;
   unsigned seen = 0;
   bool done = false;
@@ -70,11 +61,7 @@ class Guarded {
   Guarded& operator=(const Guarded&) = delete;
   char* start() const { return start_; }
   char* end() const { return start_ + bytes_; }
-  void open() {
-    mprotect(start_, bytes_, PROT_READ | PROT_WRITE);
-    std::memset(start_, 0xff, bytes_);
-  }
-  void close() { mprotect(start_, bytes_, PROT_NONE); }
+  void poison() { std::memset(start_, 0xff, bytes_); }
 
  private:
   char* start_;
@@ -86,8 +73,9 @@ Dim grid;
 
 static ucontext_t scheduler;
 static const Entry* entry = nullptr;
-static Gate cluster_gate;
-static std::vector<std::unique_ptr<Guarded>> shared;  // of each block of the cluster
+static Gate block_gate;
+static std::vector<Warp> warps;  // of the block
+static std::unique_ptr<Guarded> shared;
 static std::unique_ptr<Guarded> stacks;
 static std::mt19937 random_order;
 static void** given = nullptr;
@@ -109,18 +97,14 @@ static void meet(Gate& gate) {
 
 float exchange(float value, int offset) {
   const unsigned thread = current->thread.x;
-  Warp& warp = self().home->warps[thread / kLanes];
+  Warp& warp = warps[thread / kLanes];
   float* values = warp.values[warp.gate.opened % 2];
   values[thread % kLanes] = value;
   meet(warp.gate);
   return values[(thread % kLanes) ^ offset];
 }
 
-void block_sync() { meet(self().home->gate); }
-void cluster_sync() { meet(cluster_gate); }
-const char* of_block(const char* mine, int rank) {
-  return shared.at(rank)->end() - kSharedBytes + (mine - current->shared);
-}
+void block_sync() { meet(block_gate); }
 
 static void run_fiber() {
   entry->body(given);
@@ -135,36 +119,29 @@ static std::vector<unsigned> shuffled(unsigned count) {
   return order;
 }
 
-// All threads of one cluster, until each has finished. False where nobody can go on.
-static bool run_cluster(unsigned first_block) {
-  const unsigned num_blocks = entry->cluster, threads = entry->threads;
-  cluster_gate = Gate{num_blocks * threads, 0, 0};
-  std::vector<Block> blocks(num_blocks);
-  std::vector<Fiber> fibers(num_blocks * threads);
-  for (unsigned each = 0; each < fibers.size(); ++each) {
-    const unsigned place = each / threads;
-    Block& block = blocks[place];
-    if (each % threads == 0) {
-      shared[place]->open();
-      block.gate.members = block.running = threads;
-      block.warps.resize(threads / kLanes);
-      for (Warp& warp : block.warps) warp.gate.members = kLanes;
-    }
+// All threads of one block, until each has finished. False where nobody can go on.
+static bool run_block(unsigned block) {
+  const unsigned threads = entry->threads;
+  block_gate = Gate{threads, 0, 0};
+  warps.assign(threads / kLanes, Warp{});
+  for (Warp& warp : warps) warp.gate.members = kLanes;
+  shared->poison();
+  std::vector<Fiber> fibers(threads);
+  for (unsigned each = 0; each < threads; ++each) {
     Fiber& fiber = fibers[each];
-    fiber.thread.x = each % threads;
-    fiber.block.x = first_block + place;
-    fiber.shared = shared[place]->end() - kSharedBytes;
-    fiber.home = &block;
+    fiber.thread.x = each;
+    fiber.block.x = block;
+    fiber.shared = shared->end() - kSharedBytes;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks->start() + each * kStack;
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, run_fiber, 0);
   }
-  const std::vector<unsigned> warps = shuffled(num_blocks * threads / kLanes), lanes = shuffled(kLanes);
-  for (std::size_t unfinished = fibers.size(); unfinished > 0;) {
+  const std::vector<unsigned> order = shuffled(threads / kLanes), lanes = shuffled(kLanes);
+  for (std::size_t unfinished = threads; unfinished > 0;) {
     bool moved = false;
-    for (const unsigned warp : warps) {
+    for (const unsigned warp : order) {
       // A warp runs on until it is stuck, so that it is as far ahead of the others as the barriers allow.
       for (bool stuck = false; !stuck;) {
         stuck = true;
@@ -176,9 +153,7 @@ static bool run_cluster(unsigned first_block) {
           swapcontext(&scheduler, &fiber.context);
           stuck = false;
           moved = true;
-          if (!fiber.done) continue;
-          --unfinished;
-          if (--fiber.home->running == 0) shared[fiber.block.x - first_block]->close();
+          if (fiber.done) --unfinished;
         }
       }
     }
@@ -187,10 +162,10 @@ static bool run_cluster(unsigned first_block) {
   return true;
 }
 
-// 1 where all clusters finish.
+// 1 where all blocks finish.
 static int run_grid() {
-  for (const unsigned each : shuffled(grid.x / entry->cluster)) {
-    if (!run_cluster(each * entry->cluster)) return 0;
+  for (const unsigned each : shuffled(grid.x)) {
+    if (!run_block(each)) return 0;
   }
   return 1;
 }
@@ -223,14 +198,13 @@ extern "C" int shim_launch(const char* name, unsigned grid, unsigned threads, vo
   entry = entries;
   while (entry->name && std::strcmp(entry->name, name) != 0) ++entry;
   if (!entry->name) return fail(message, std::string("there is no kernel ") + name);
-  if (grid == 0 || grid % entry->cluster != 0) return fail(message, "the grid is empty or no multiple of the cluster");
+  if (grid == 0) return fail(message, "the grid is empty");
   if (threads != entry->threads) return fail(message, "not the threads that the kernel is compiled for");
   given = parameters;
   shim::grid.x = grid;
   random_order.seed(seed);
-  stacks = std::make_unique<Guarded>(static_cast<std::size_t>(entry->cluster) * threads * kStack);
-  shared.clear();
-  for (unsigned each = 0; each < entry->cluster; ++each) shared.push_back(std::make_unique<Guarded>(kSharedBytes));
+  stacks = std::make_unique<Guarded>(static_cast<std::size_t>(threads) * kStack);
+  shared = std::make_unique<Guarded>(kSharedBytes);
   const int result = guarded_run(run_grid);
   if (result == -SIGILL) return fail(message, "undefined behaviour, such as a misaligned access");
   if (result < 0) return fail(message, "an access outside of a buffer");

@@ -8,7 +8,6 @@
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
 #define threadIdx (shim::current->thread)
 #define blockIdx (shim::current->block)
 #define gridDim (shim::grid)
@@ -41,16 +40,14 @@ struct Thread {
 extern Thread* current;
 extern Dim grid;
 
-float exchange(float value, int offset);          // the value of lane ^ offset
+float exchange(float value, int offset);  // the value of lane ^ offset
 void block_sync();
-void cluster_sync();
-const char* of_block(const char* mine, int rank);  // the same place in another block of the cluster
 
 // A kernel behind the parameters of cuLaunchKernel.
 struct Entry {
   const char* name;
   void (*body)(void** parameters);
-  unsigned threads, cluster;
+  unsigned threads;
 };
 
 // Those of the compiled source; the last has no name.
@@ -59,11 +56,7 @@ extern const Entry entries[];
 }  // namespace shim
 
 inline void __syncthreads() { shim::block_sync(); }
-inline void shim_cluster_sync() { shim::cluster_sync(); }
 inline float __shfl_xor_sync(unsigned, float value, int offset) { return shim::exchange(value, offset); }
-inline const float* shim_of_block(const float* mine, int rank) {
-  return reinterpret_cast<const float*>(shim::of_block(reinterpret_cast<const char*>(mine), rank));
-}
 
 template <typename To, typename From>
 inline To shim_bits(From from) {

@@ -27,8 +27,10 @@ void call(void (*kernel)(Parameters...), void** parameters) {
 
 const shim::Entry shim::entries[] = {
     {SHIM_TEXT(SVCLI_ENTRY(token_gather)), [](void** given) { call(SVCLI_ENTRY(token_gather), given); },
-     kGatherThreads, 1},
-    {SHIM_TEXT(SVCLI_ENTRY(summary_pool)), [](void** given) { call(SVCLI_ENTRY(summary_pool), given); },
-     kPoolThreads, kPoolBlocks},
-    {nullptr, nullptr, 0, 0},
+     kGatherThreads},
+    {SHIM_TEXT(SVCLI_ENTRY(summary_partial)), [](void** given) { call(SVCLI_ENTRY(summary_partial), given); },
+     kPartialThreads},
+    {SHIM_TEXT(SVCLI_ENTRY(summary_merge)), [](void** given) { call(SVCLI_ENTRY(summary_merge), given); },
+     kMergeThreads},
+    {nullptr, nullptr, 0},
 };

@@ -18,8 +18,11 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "TokenGather, rows": ((2, 37, 4096), (2, 53)),
     "TokenGather, caches": ((2, 8, 37, 64), (2, 53)),
     "TokenGather, nothing": ((1, 37, 64), (1, 0)),
-    "SummaryPool": ((3, 97, 4096), (4096,), (4096,), (1, 4096), (1,)),
-    "SummaryPool, no images": ((0, 97, 64), (64,), (64,), (1, 64), (1,)),
+    "SummaryPartial": ((3, 97, 4096), (4096,), (4096,), (1, 4096), (1,)),
+    "SummaryPartial, no images": ((0, 97, 64), (64,), (64,), (1, 64), (1,)),
+    "SummaryPartial, no rows": ((2, 0, 64), (64,), (64,), (1, 64), (1,)),
+    "SummaryMerge": ((3, 13, 4098), (4096,)),
+    "SummaryMerge, no images": ((0, 13, 66), (64,)),
 }
 """Shapes of the inputs for each question about our plugins."""
 
@@ -137,14 +140,15 @@ def answers(
     for question, shapes in SHAPES.items():
         op = question.split(",")[0]
         plugin = plugins[f"{registration.NAMESPACE}::{op}"]
-        attributes = [np.array([1e-5], np.float32)] if op == "SummaryPool" else []
+        attributes = [np.array([1e-5], np.float32)] if op == "SummaryPartial" else []
         for element, dtype in (("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")):
-            dtypes = [dtype, "int64"] if op == "TokenGather" else [dtype] * len(shapes)
-            inputs = [descs(*each) for each in zip(shapes, dtypes, strict=True)]
+            types = {"TokenGather": [dtype, "int64"], "SummaryMerge": ["float32", dtype]}.get(op, [dtype] * len(shapes))
+            inputs = [descs(*each) for each in zip(shapes, types, strict=True)]
             output = plugin.register_func(*inputs, *attributes)
             entry, code, params, extras = plugin.aot_impl_func(*inputs, *attributes, (output,), 0)
             found[f"{question}, {element}"] = {
                 "output": [number(size) for size in output.shape_expr],
+                "dtype": output.dtype.name,
                 "entry": entry,
                 "code": code,
                 "grid": [number(params.grid_x), number(params.grid_y), number(params.grid_z)],

@@ -89,7 +89,14 @@ def load(wheels: Path, folder: Path) -> Any:
 def creation(trt: Any) -> dict[str, Any]:
     """What the registry makes of our plugins where it is asked as the ONNX parser asks."""
     found: dict[str, Any] = {}
-    for op, fields in (("TokenGather", []), ("SummaryPool", [("epsilon", np.array([1e-3], np.float32))])):
+    epsilon = [("epsilon", np.array([1e-3], np.float32))]
+    half, single = trt.float16, trt.float32
+    asked: dict[str, tuple[list[Any], list[Any], list[int]]] = {
+        "TokenGather": ([], [half, trt.int64], [3, 2]),
+        "SummaryPartial": (epsilon, [half] * 5, [3, 1, 1, 2, 1]),
+        "SummaryMerge": ([], [single, half], [3, 1]),
+    }
+    for op, (fields, types, ranks) in asked.items():
         creator = trt.get_plugin_registry().get_creator(op, "1", registration.NAMESPACE)
         given = trt.PluginFieldCollection(
             [trt.PluginField(name, value, trt.PluginFieldType.FLOAT32) for name, value in fields]
@@ -101,16 +108,15 @@ def creation(trt: Any) -> dict[str, Any]:
             python_at_run_time = True
         except ValueError:
             python_at_run_time = False
-        halves = [trt.float16, trt.int64] if op == "TokenGather" else [trt.float16] * 5
         found[op] = {
             "fields": [field.name for field in creator.field_names],
             "kind": type(plugin).__name__,
             "attributes": {name: float(value[0]) for name, value in plugin.attrs.items()},
             "python_at_run_time": python_at_run_time,
-            "output_types": [each.name for each in plugin.get_output_data_types(halves, [3] * len(halves))],
+            "output_types": [each.name for each in plugin.get_output_data_types(types, ranks)],
             "tuned": [
                 [each.name for each in combination.types]
-                for tuned in plugin.autotune_function(*[None] * len(halves), (None,))
+                for tuned in plugin.autotune_function(*[None] * len(types), (None,))
                 for combination in tuned._get_combinations()
             ],
         }
@@ -129,8 +135,9 @@ def main() -> None:
     import_module("tensorrt.plugin._tensor").SymIntExpr._exprBuilder = ExprBuilder()
 
     def desc(shape: tuple[int, ...], dtype: str) -> Any:
-        sizes = tuple(trtp.ShapeExpr(Size(size, constant=place > 1)) for place, size in enumerate(shape))
-        return trtp.TensorDesc(trtp.ShapeExprs.from_tuple(sizes), getattr(trt, dtype))
+        sizes = (Size(size, constant=place > 1 or len(shape) == 1) for place, size in enumerate(shape))
+        shape_expr = trtp.ShapeExprs.from_tuple(tuple(map(trtp.ShapeExpr, sizes)))
+        return trtp.TensorDesc(shape_expr, getattr(trt, dtype))
 
     result["answers"] = answers(library.QDP_REGISTRY, desc, lambda size: int(size._expr.value))
     sys.stdout.write(json.dumps(result) + "\n")

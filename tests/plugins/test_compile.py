@@ -26,11 +26,12 @@ from svcli_engines.plugins.compile import (
     find_compiler,
     target_for,
 )
-from svcli_engines.plugins.launch import ELEMENTS, KERNELS, OPS, Element, Op, defines, entry_name, pool_blocks
+from svcli_engines.plugins.launch import ELEMENTS, KERNELS, OPS, Element, Op, defines, entry_name
 from svcli_engines.plugins.nvrtc import CompileError, Form, Nvrtc
 
 MOST_SPILLED = 16
 """Bytes: a register or two."""
+WIDE_LOAD = r"ld\.global\.(?:nc\.)?v4\.[ubf]32"
 
 
 @dataclass
@@ -58,9 +59,21 @@ def parameter_types(ptx: str) -> dict[str, list[str]]:
     return {name: re.findall(r"\.param\s+\.(\w+)", parameters) for name, parameters in entries}
 
 
-def options_for(op: Op, element: Element, target: str) -> list[str]:
-    constants = defines(op, element, pool_blocks(target))
-    return ["--std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]
+def assert_loads_stand_together(ptx: str, constants: dict[str, int]) -> None:
+    """All indices of a thread, then all that they point at, and nothing in between that could part those: no branch
+    back, no store. A load that is skipped jumps over itself only."""
+    kinds = {"index": r"ld\.global\.(?:nc\.)?[ubs]64 ", "data": WIDE_LOAD, "store": r"st\.global\.v4\.[ubf]32"}
+    marks = sorted((match.start(), kind) for kind, each in kinds.items() for match in re.finditer(each, ptx))
+    wide = [place for place, kind in marks if kind == "data"]
+    before = [kind for place, kind in marks if place < wide[0]]
+    unroll = constants["SVCLI_GATHER_UNROLL"]
+    assert before[-unroll:] == ["index"] * unroll
+    behind = [kind for place, kind in marks if place >= wide[0]]
+    assert behind[: 2 * unroll] == ["data"] * unroll + ["store"] * unroll
+
+
+def options_for(op: Op, element: Element) -> list[str]:
+    return ["--std=c++17", *(f"-D{name}={value}" for name, value in defines(op, element).items())]
 
 
 @pytest.mark.slow
@@ -73,20 +86,21 @@ def test_ptx_has_one_entry_with_the_parameters_in_tensorrts_order(target: str) -
         pointers, sizes = ["u64"] * len(kernel.inputs), ["u32"] * len(kernel.extras)
         assert parameter_types(ptx) == {entry_name(op, element): [*pointers, *sizes, "u64"]}
         assert re.search(r"^\.target (\w+)$", ptx, re.MULTILINE)[1] == target  # type: ignore[index]
-        threads = defines(op, element, 1)[f"SVCLI_{'GATHER' if op == 'TokenGather' else 'POOL'}_THREADS"]
+        (threads,) = (value for name, value in defines(op, element).items() if name.endswith("_THREADS"))
         assert f".maxntid {threads}" in ptx
-        assert ("reqnctapercluster 8" in ptx) == (op == "SummaryPool" and pool_blocks(target) == 8)
-        # Wide accesses are what bandwidth is made of.
-        assert re.search(r"ld\.global\.(nc\.)?v4\.[ubf]32", ptx)
+        if op != "SummaryMerge":  # whose warps read side by side as it is
+            # Wide accesses are what bandwidth is made of.
+            assert re.search(WIDE_LOAD, ptx)
+        if op == "TokenGather":
+            assert_loads_stand_together(ptx, constants=defines(op, element))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_75", "sm_90", "sm_120"])
 def test_the_code_is_assembled_and_rows_stay_in_registers(nvrtc: Nvrtc, target: str) -> None:
     source = SOURCE.read_text(encoding="utf-8")
-    cases: list[tuple[Op, Element]] = [("TokenGather", "fp16"), ("SummaryPool", "fp32"), ("SummaryPool", "bf16")]
-    for op, element in cases:
-        options = [*options_for(op, element, target), "--ptxas-options=-v"]
+    for op, element in product(OPS, ELEMENTS):
+        options = [*options_for(op, element), "--ptxas-options=-v"]
         code, log = nvrtc.compile(source, target, options, "cubin")
         assert code.startswith(b"\x7fELF")
         (spilled,) = re.findall(r"(\d+) bytes spill loads", log)
@@ -103,7 +117,7 @@ def test_nvcc_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     script = tmp_path / "nvcc"
     script.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && { echo "Cuda compilation tools, release 12.8, V12.8.93"; exit; }\n'
-        'grep -q summary_pool kernels.cu || exit 3\necho "$@" > out\n',
+        'grep -q summary_partial kernels.cu || exit 3\necho "$@" > out\n',
         encoding="utf-8",
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -111,8 +125,8 @@ def test_nvcc_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     compiler = find_compiler()
     assert (compiler.name, compiler.version) == ("nvcc", "12.8")
-    asked = compiled("SummaryPool", "fp16", "sm_89", "cubin").decode()
-    assert asked.startswith("--cubin -arch=sm_89 --std=c++17 -DSVCLI_SUMMARY_POOL=1 -DSVCLI_FP16=1 ")
+    asked = compiled("SummaryPartial", "fp16", "sm_89", "cubin").decode()
+    assert asked.startswith("--cubin -arch=sm_89 --std=c++17 -DSVCLI_SUMMARY_PARTIAL=1 -DSVCLI_FP16=1 ")
     assert asked.endswith("-o out kernels.cu\n")
 
 
@@ -141,14 +155,14 @@ def test_code_is_compiled_once(fake: FakeCompiler) -> None:
 def test_whatever_the_code_depends_on_is_in_its_name(fake: FakeCompiler) -> None:
     variants: list[tuple[Op, Element, str, Form]] = [
         ("TokenGather", "fp16", "sm_80", "ptx"),
-        ("SummaryPool", "fp16", "sm_80", "ptx"),
+        ("SummaryPartial", "fp16", "sm_80", "ptx"),
+        ("SummaryMerge", "fp16", "sm_80", "ptx"),
         ("TokenGather", "bf16", "sm_80", "ptx"),
         ("TokenGather", "fp16", "sm_86", "ptx"),
         ("TokenGather", "fp16", "sm_80", "cubin"),
     ]
     for variant in variants:
         compiled(*variant)
-    compiled("SummaryPool", "fp16", "sm_80", num_blocks=4)
     fake.version = "13.1"
     compiled(*variants[0])
     assert len(fake.asked) == len(list(cache_folder().iterdir())) == 7

@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.gpu_check import DTYPES, EPSILON, gathered, pooled
-from svcli_engines.plugins.launch import ELEMENTS, Element, summary_pool, token_gather
+from benchmarks.kernel_cases import DTYPES, EPSILON, finite_patterns, gathered, pooled
+from svcli_engines.plugins.launch import (
+    ELEMENTS,
+    PARTIAL_ROWS,
+    STATE_EXTRAS,
+    Element,
+    num_parts,
+    summary_merge,
+    summary_partial,
+    token_gather,
+)
 from svcli_export import ops
 from tests.plugins.cpu_device import CpuDevice, Side, guarded
 
@@ -19,9 +28,7 @@ ELEMENT = st.sampled_from(ELEMENTS)
 SIDE = st.sampled_from(get_args(Side))
 SEED = st.integers(0, 2**32 - 1)
 WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from([64, 72, 127, 128, 1024, 1025]))
-"""Below a team of two warps, and just beyond."""
-BLOCKS = 2
-"""Blocks that share an image in these tests; a GPU has 1 or 8."""
+"""Where accesses are whole and where they are not; of one lane, of all, and just beyond a short row."""
 
 
 def placed(values: Tensor, side: Side, shift: int = 0) -> Tensor:
@@ -41,23 +48,54 @@ def run_gather(
     return rows
 
 
+def run_partial(
+    cpu: CpuDevice,
+    inputs: list[Tensor],
+    element: Element,
+    *,
+    epsilon: float = EPSILON,
+    side: Side = "end",
+    shifts: tuple[int, int, int, int] = (0, 0, 0, 0),
+    seed: int = 0,
+) -> Tensor:
+    """`shifts` in elements: of tokens, norm_weight, score_weight and the result."""
+    batch, rows, width = inputs[0].shape
+    partial = guarded((batch, num_parts(rows), width + STATE_EXTRAS), torch.float32, side, shifts[3])
+    shift_of = (shifts[0], shifts[1], 0, shifts[2], 0)
+    memory = [placed(each, side, shift) for each, shift in zip(inputs, shift_of, strict=True)]
+    launch = summary_partial(inputs[0].shape, element, epsilon)
+    cpu.launch(launch, element, memory, partial, seed=seed)
+    return partial
+
+
+def run_merge(
+    cpu: CpuDevice,
+    partial: Tensor,
+    norm_weight: Tensor,
+    element: Element,
+    side: Side = "end",
+    shift: int = 0,
+    seed: int = 0,
+) -> Tensor:
+    summary = guarded((partial.shape[0], 1, norm_weight.shape[0]), norm_weight.dtype, side, shift)
+    memory = [placed(partial, side, shift), placed(norm_weight, side)]
+    cpu.launch(summary_merge(partial.shape, norm_weight.shape, element), element, memory, summary, seed=seed)
+    return summary
+
+
 def run_pool(
     cpu: CpuDevice,
     inputs: list[Tensor],
     element: Element,
     *,
     epsilon: float = EPSILON,
-    num_blocks: int = 1,
     side: Side = "end",
     shift: int = 0,
     seed: int = 0,
 ) -> Tensor:
-    tokens = inputs[0]
-    summary = guarded((tokens.shape[0], 1, tokens.shape[2]), tokens.dtype, side, shift)
-    memory = [placed(each, side, shift) for each in inputs]
-    launch = summary_pool(tokens.shape, element, epsilon, num_blocks)
-    cpu.launch(launch, element, memory, summary, num_blocks=num_blocks, seed=seed)
-    return summary
+    shifts = (shift, shift, shift, shift)
+    partial = run_partial(cpu, inputs, element, epsilon=epsilon, side=side, shifts=shifts, seed=seed)
+    return run_merge(cpu, partial, inputs[1], element, side, shift, seed)
 
 
 def pool_inputs(batch: int, rows: int, width: int, element: Element, seed: int, scale: float = 1.0) -> list[Tensor]:
@@ -124,9 +162,8 @@ def test_token_gather_of_more_chunks_than_blocks(cpu: CpuDevice) -> None:
 @given(
     element=ELEMENT,
     batch=st.integers(1, 2),
-    rows=st.integers(0, 40),
+    rows=st.integers(0, 90),
     width=WIDTHS,
-    num_blocks=st.sampled_from([1, BLOCKS]),
     epsilon=st.sampled_from([1e-12, 1e-5, 1.0]),
     scale=st.sampled_from([0.0, 1.0, 30.0]),
     side=SIDE,
@@ -139,7 +176,6 @@ def test_summary_pool_is_the_eager_op_within_fp32_rounding(
     batch: int,
     rows: int,
     width: int,
-    num_blocks: int,
     epsilon: float,
     scale: float,
     side: Side,
@@ -147,28 +183,58 @@ def test_summary_pool_is_the_eager_op_within_fp32_rounding(
     seed: int,
 ) -> None:
     inputs = pool_inputs(batch, rows, width, element, seed, scale)
-    found = run_pool(cpu, inputs, element, epsilon=epsilon, num_blocks=num_blocks, side=side, shift=shift, seed=seed)
+    found = run_pool(cpu, inputs, element, epsilon=epsilon, side=side, shift=shift, seed=seed)
     expected, tolerance = pooled(inputs, element, epsilon)
     assert ((found.double() - expected).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize(
-    ("element", "width", "rows", "num_blocks"),
+    ("element", "width", "rows"),
     [
-        ("fp32", 4096, 21, 1),
-        ("fp16", 4095, 9, 1),
-        ("bf16", 4104, 9, 1),
-        ("bf16", 8192, 5, BLOCKS),
-        ("fp32", 8191, 3, 1),
-        ("bf16", 256, 150, BLOCKS),
-        ("bf16", 64, 70, 8),
+        ("fp32", 4096, 21),
+        ("fp16", 4095, 9),
+        ("bf16", 4104, 9),
+        ("bf16", 8192, 15),
+        ("fp32", 8192, 11),
+        ("fp32", 8191, 3),
+        ("bf16", 1024, 150),
+        ("fp16", 1032, 33),
+        ("bf16", 64, 700),
     ],
 )
-def test_summary_pool_for_every_team(cpu: CpuDevice, element: Element, width: int, rows: int, num_blocks: int) -> None:
+def test_summary_pool_for_every_team(cpu: CpuDevice, element: Element, width: int, rows: int) -> None:
     inputs = pool_inputs(1, rows, width, element, seed=width)
-    found = run_pool(cpu, inputs, element, num_blocks=num_blocks)
     expected, tolerance = pooled(inputs, element)
-    assert ((found.double() - expected).abs() <= tolerance).all()
+    assert ((run_pool(cpu, inputs, element).double() - expected).abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 19])
+def test_a_part_is_the_softmax_of_its_own_rows(cpu: CpuDevice, element: Element, rows: int) -> None:
+    inputs = pool_inputs(2, rows, 40, element, seed=rows)
+    exact = [each.double() for each in inputs]
+    normed = torch.nn.functional.layer_norm(exact[0], (40,), exact[1], None, EPSILON)
+    scores = normed @ exact[3][0]
+    found = run_partial(cpu, inputs, element).double()
+    for part in range(num_parts(rows)):
+        its = slice(part * PARTIAL_ROWS, (part + 1) * PARTIAL_ROWS)
+        if rows == 0:
+            assert (found[:, part, -STATE_EXTRAS:] == torch.tensor([float("-inf"), 0.0])).all()
+            assert (found[:, part, :-STATE_EXTRAS] == 0).all()
+            continue
+        greatest = scores[:, its].amax(1)
+        weights = (scores[:, its] - greatest[:, None]).exp()
+        sums = (weights[..., None] * exact[0][:, its]).sum(1)
+        expected = torch.cat([sums, greatest[:, None], weights.sum(1)[:, None]], 1)
+        torch.testing.assert_close(found[:, part], expected, rtol=0, atol=1e-4)
+
+
+def test_a_merge_rounds_once_and_reads_nothing_of_the_weight(cpu: CpuDevice) -> None:
+    """States by hand: two parts of equal weight, one that is empty, and one so far below that it weighs nothing."""
+    states = [[1.0, 3.0, 0.0, 1.0], [2.0, 5.0, 0.0, 3.0], [0.0, 0.0, float("-inf"), 0.0], [9.0, 9.0, -200.0, 1.0]]
+    weight = torch.full((2,), float("nan"), dtype=torch.bfloat16)
+    found = run_merge(cpu, torch.tensor([states]), weight, "bf16")
+    assert torch.equal(found, torch.tensor([[[0.75, 2.0]]], dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(("element", "tolerance"), [("fp32", 1e-5), ("fp16", 3e-3), ("bf16", 3e-2)])
@@ -183,9 +249,8 @@ def test_summary_pool_is_near_the_eager_op_in_its_own_precision(
 
 
 @pytest.mark.parametrize("order", ["up", "down"])
-@pytest.mark.parametrize("num_blocks", [1, BLOCKS])
-def test_scores_that_no_exponential_holds(cpu: CpuDevice, order: str, num_blocks: int) -> None:
-    """Scores of -4000 to 4000, each greater (or smaller) than all before it, within a team and across teams."""
+def test_scores_that_no_exponential_holds(cpu: CpuDevice, order: str) -> None:
+    """Scores of -4000 to 4000, each greater (or smaller) than all before it, within a part and across parts."""
     rows, width = 70, 16
     pattern = torch.tensor([1.0, -1.0]).repeat(width // 2)
     strength = torch.linspace(-1, 1, rows) if order == "up" else torch.linspace(1, -1, rows)
@@ -194,7 +259,7 @@ def test_scores_that_no_exponential_holds(cpu: CpuDevice, order: str, num_blocks
     tokens = strength[:, None] * pattern + (1 - strength[:, None] ** 2).sqrt() * other
     weights = [torch.ones(width), torch.zeros(width), 250.0 * pattern[None], torch.zeros(1)]
     inputs = [tokens[None], *weights]
-    found = run_pool(cpu, inputs, "fp32", num_blocks=num_blocks)
+    found = run_pool(cpu, inputs, "fp32")
     best = tokens[-1 if order == "up" else 0]
     torch.testing.assert_close(found[0, 0], best, rtol=0, atol=1e-3)
 
@@ -225,25 +290,45 @@ def test_norm_bias_and_score_bias_move_nothing(cpu: CpuDevice) -> None:
 
 
 @pytest.mark.parametrize("element", ELEMENTS)
-def test_what_is_not_a_number_stays_one(cpu: CpuDevice, element: Element) -> None:
-    inputs = pool_inputs(2, 9, 16, element, seed=4)
-    inputs[0][0, 3, 5] = float("nan")
-    found = run_pool(cpu, inputs, element)
-    assert found[0].isnan().all()
-    assert not found[1].isnan().any()
+@pytest.mark.parametrize("rows", [1, 9, 20])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_a_number_stays_one(cpu: CpuDevice, element: Element, rows: int, value: float) -> None:
+    """Wherever it stands: in a part of its own, in the last, beside others."""
+    for row in {0, rows // 2, rows - 1}:
+        inputs = pool_inputs(2, rows, 16, element, seed=4)
+        inputs[0][0, row, 5] = value
+        found = run_pool(cpu, inputs, element)
+        assert found[0].isnan().all()
+        assert not found[1].isnan().any()
+
+
+def test_scores_of_minus_infinity_are_those_of_the_eager_op(cpu: CpuDevice) -> None:
+    """A softmax of nothing else is no number; zeros are for groups without rows."""
+    inputs = pool_inputs(2, 9, 8, "fp32", seed=7)
+    inputs[0][..., 0] = -9.0
+    inputs[1:4] = torch.ones(8), torch.zeros(8), torch.tensor([[float("inf"), *[0.0] * 7]])
+    assert ops.summary_pool(*inputs, epsilon=EPSILON).isnan().all()
+    assert run_pool(cpu, inputs, "fp32").isnan().all()
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_subnormal_tokens_are_not_flushed(cpu: CpuDevice, element: Element) -> None:
+    inputs = pool_inputs(2, 9, 64, element, seed=8)
+    tiny = {"fp32": 2.0**-149, "fp16": 2.0**-24, "bf16": 2.0**-133}[element]
+    inputs[0] = (torch.randint(1, 64, inputs[0].shape).double() * tiny).to(DTYPES[element])
+    found = run_pool(cpu, inputs, element).double()
+    expected, tolerance = pooled(inputs, element)
+    assert ((found - expected).abs() <= tolerance).all()
+    assert (found > 0).all()
 
 
 @pytest.mark.parametrize("element", ["fp16", "bf16"])
 def test_every_value_of_a_half_goes_through_unchanged(cpu: CpuDevice, element: Element) -> None:
     """One row is its own summary, which converts every bit pattern to fp32 and back."""
-    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(DTYPES[element])
-    finite = patterns[patterns.isfinite() & (patterns.abs() < 1e30)]
-    width = 4096
-    tokens = torch.zeros(-(-len(finite) // width) * width, dtype=finite.dtype)
-    tokens[: len(finite)] = finite
-    weights = [torch.zeros(*shape, dtype=finite.dtype) for shape in ((width,), (width,), (1, width), (1,))]
-    found = run_pool(cpu, [tokens.view(-1, 1, width), *weights], element)
-    assert torch.equal(found.flatten(), tokens)
+    tokens = finite_patterns(element, (16, 1, 4096), torch.device("cpu"))
+    width = tokens.shape[2]
+    weights = [torch.zeros(*shape, dtype=tokens.dtype) for shape in ((width,), (width,), (1, width), (1,))]
+    assert torch.equal(run_pool(cpu, [tokens, *weights], element), tokens)
 
 
 def rounds_to_nearest(cpu: CpuDevice, element: Element, seed: int) -> bool:
@@ -264,10 +349,10 @@ def test_results_are_rounded_to_nearest_as_pytorch_does(cpu: CpuDevice, element:
 
 def test_the_order_of_threads_does_not_matter(cpu: CpuDevice) -> None:
     inputs = pool_inputs(2, 37, 40, "fp32", seed=5)
-    found = [run_pool(cpu, inputs, "fp32", num_blocks=BLOCKS, seed=seed) for seed in range(4)]
+    found = [run_pool(cpu, inputs, "fp32", seed=seed) for seed in range(4)]
     assert all(torch.equal(found[0], each) for each in found)
 
 
 def test_no_images_are_no_summaries(cpu: CpuDevice) -> None:
     inputs = pool_inputs(0, 9, 16, "fp32", seed=6)
-    assert run_pool(cpu, inputs, "fp32", num_blocks=BLOCKS).shape == (0, 1, 16)
+    assert run_pool(cpu, inputs, "fp32").shape == (0, 1, 16)

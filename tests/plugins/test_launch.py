@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svcli_engines.plugins.compile import SOURCE, TARGETS
+from svcli_engines.plugins.compile import SOURCE
 from svcli_engines.plugins.launch import (
     ELEMENT_BYTES,
     ELEMENTS,
@@ -22,8 +22,9 @@ from svcli_engines.plugins.launch import (
     Op,
     PackedParameters,
     defines,
-    pool_blocks,
-    summary_pool,
+    num_parts,
+    summary_merge,
+    summary_partial,
     token_gather,
 )
 
@@ -45,7 +46,7 @@ def test_the_threads_of_a_gather_cover_whole_rows_once(
     batch: int, heads: int, rows: int, taken: int, width: int, element: Element
 ) -> None:
     launch = token_gather((batch, heads, rows, width), (batch, taken), element)
-    constants = defines("TokenGather", element, 1)
+    constants = defines("TokenGather", element)
     per_block = 16 * launch.block * constants["SVCLI_GATHER_UNROLL"]
     least = batch * heads * taken * width * ELEMENT_BYTES[element]
     rounded = batch * heads * taken * (16 + width * ELEMENT_BYTES[element])
@@ -63,7 +64,13 @@ def test_rows_without_heads_are_one_head() -> None:
 @pytest.mark.parametrize("taken", [0, 3])
 def test_no_grid_is_empty(data: tuple[int, ...], taken: int) -> None:
     assert token_gather(data, (data[0], taken), "fp16").grid >= 1
-    assert summary_pool((0, *data[1:]), "fp16", 1e-5, 8).grid == 8
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_no_grid_of_a_pool_is_empty(rows: int) -> None:
+    assert summary_partial((0, rows, 8), "fp16", 1e-5).grid == num_parts(rows)
+    assert summary_partial((1, 0, 8), "fp16", 1e-5).grid == 1
+    assert summary_merge((0, num_parts(rows), 10), (8,), "fp16").grid == 1
 
 
 @pytest.mark.parametrize(("data", "index"), [((3, 4), (3, 1)), ((1, 2, 3, 4, 5), (1, 1)), ((1, 2, 3), (2,))])
@@ -71,27 +78,46 @@ def test_other_ranks_are_refused(data: tuple[int, ...], index: tuple[int, ...]) 
     with pytest.raises(LaunchError, match=rf"not {len(data)} and {len(index)} axes"):
         token_gather(data, index, "fp32")
     with pytest.raises(LaunchError, match="not 2 axes"):
-        summary_pool((3, 4), "fp32", 1e-5, 1)
+        summary_partial((3, 4), "fp32", 1e-5)
+    with pytest.raises(LaunchError, match="not 2 and 1 axes"):
+        summary_merge((3, 4), (2,), "fp32")
+    with pytest.raises(LaunchError, match="not 3 and 2 axes"):
+        summary_merge((3, 4, 4), (1, 2), "fp32")
 
 
-def test_rows_too_wide_for_a_block_are_refused() -> None:
-    assert summary_pool((1, 1, MAX_POOL_WIDTH), "fp32", 1e-5, 1).grid == 1
-    with pytest.raises(LaunchError, match="up to 8192 elements, not 8193"):
-        summary_pool((1, 1, MAX_POOL_WIDTH + 1), "fp32", 1e-5, 1)
+@pytest.mark.parametrize("width", [0, MAX_POOL_WIDTH + 1])
+def test_rows_that_no_block_holds_are_refused(width: int) -> None:
+    assert summary_partial((1, 1, MAX_POOL_WIDTH), "fp32", 1e-5).grid == 1
+    refusal = f"rows of 1 to 8192 elements, not {width}"
+    with pytest.raises(LaunchError, match=refusal):
+        summary_partial((1, 1, width), "fp32", 1e-5)
+    with pytest.raises(LaunchError, match=refusal):
+        summary_merge((1, 1, width + 2), (width,), "fp32")
 
 
-@given(epsilon=st.floats(0, 1e3, width=32), images=SIZES)
-def test_epsilon_travels_as_its_bits(epsilon: float, images: int) -> None:
-    launch = summary_pool((images, 3, 4), "bf16", epsilon, 8)
-    assert launch.grid == 8 * images
-    assert launch.extras[:3] == (images, 3, 4)
-    assert struct.unpack("f", struct.pack("i", launch.extras[3])) == (epsilon,)
+@given(epsilon=st.floats(0, 1e3, width=32), images=SIZES, rows=SIZES)
+def test_epsilon_travels_as_its_bits(epsilon: float, images: int, rows: int) -> None:
+    launch = summary_partial((images, rows, 4), "bf16", epsilon)
+    assert launch.extras[:4] == (images, rows, num_parts(rows), 4)
+    assert struct.unpack("f", struct.pack("i", launch.extras[4])) == (epsilon,)
 
 
-def test_clusters_begin_with_hopper() -> None:
-    assert {target: pool_blocks(target) for target in TARGETS} == {
-        "sm_75": 1, "sm_80": 1, "sm_86": 1, "sm_89": 1, "sm_90": 8, "sm_100": 8, "sm_120": 8
-    }  # fmt: skip
+@given(images=SIZES, rows=SIZES, width=st.integers(1, MAX_POOL_WIDTH), element=st.sampled_from(ELEMENTS))
+def test_parts_and_columns_are_covered_once(images: int, rows: int, width: int, element: Element) -> None:
+    constants = defines("SummaryPartial", element)
+    rows_of_part, lanes = constants["SVCLI_PARTIAL_ROWS"], 32
+    partial = summary_partial((images, rows, width), element, 1e-5)
+    parts = num_parts(rows)
+    assert (parts - 1) * rows_of_part < rows <= parts * rows_of_part
+    assert (partial.grid, partial.block) == (images * parts, constants["SVCLI_PARTIAL_THREADS"])
+    # A row has a warp of its own, so that nobody waits for others while rows are scored.
+    assert partial.block == lanes * rows_of_part
+    merge = summary_merge((images, parts, width + 2), (width,), element)
+    columns = merge.grid // images
+    assert merge.grid == images * columns
+    assert (columns - 1) * lanes < width <= columns * lanes
+    assert merge.block == defines("SummaryMerge", element)["SVCLI_MERGE_THREADS"]
+    assert merge.extras == (images, parts, width)
 
 
 def test_parameters_are_packed_as_the_driver_reads_them() -> None:

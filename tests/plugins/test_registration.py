@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from svcli_engines.plugins import registration
-from svcli_engines.plugins.compile import TARGETS
 from svcli_engines.plugins.launch import (
     ELEMENTS,
     KERNELS,
@@ -22,12 +21,13 @@ from svcli_engines.plugins.launch import (
     Element,
     LaunchError,
     Op,
-    pool_blocks,
-    summary_pool,
+    num_parts,
+    summary_merge,
+    summary_partial,
     token_gather,
 )
 from svcli_engines.plugins.registration import PluginError, register_plugins
-from svcli_export.ops import PLUGIN_NAMESPACE
+from svcli_export.functions import PLUGIN_NAMESPACE
 from tests.plugins import fake_tensorrt
 from tests.plugins.plugin_rules import SHAPES, answers, verdicts
 
@@ -74,7 +74,7 @@ def real(tensorrt_wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def fake_desc(trt: Any, trtp: Any) -> Any:
     def desc(shape: tuple[int, ...], dtype: str) -> Any:
-        sizes = tuple(trtp.ShapeExpr(size, dynamic=place < 2) for place, size in enumerate(shape))
+        sizes = tuple(trtp.ShapeExpr(size, dynamic=place < 2 and len(shape) > 1) for place, size in enumerate(shape))
         return trtp.TensorDesc(trtp.ShapeExprs.from_tuple(sizes), getattr(trt, dtype))
 
     return desc
@@ -85,14 +85,19 @@ def expected_answers() -> dict[str, Any]:
     expected: dict[str, Any] = {}
     for question, shapes in SHAPES.items():
         for element in ELEMENTS:
+            dtype = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[element]
             if question.startswith("TokenGather"):
                 launch = token_gather(shapes[0], shapes[1], element)
                 output = [*shapes[0][:-2], shapes[1][1], shapes[0][-1]]
+            elif question.startswith("SummaryPartial"):
+                launch = summary_partial(shapes[0], element, 1e-5)
+                output, dtype = [shapes[0][0], num_parts(shapes[0][1]), shapes[0][2] + 2], "FLOAT"
             else:
-                launch = summary_pool(shapes[0], element, 1e-5, pool_blocks(TARGET))
-                output = [shapes[0][0], 1, shapes[0][2]]
+                launch = summary_merge(shapes[0], shapes[1], element)
+                output = [shapes[0][0], 1, shapes[1][0]]
             expected[f"{question}, {element}"] = {
                 "output": output,
+                "dtype": dtype,
                 "entry": launch.entry,
                 "code": "code",
                 "grid": [launch.grid, 1, 1],
@@ -120,7 +125,7 @@ def test_plans_get_the_launches_of_launch_py(fake: tuple[Any, Any]) -> None:
     assert {name for answer in found.values() for name in answer["classes"]} <= {"SymInt32", "ShapeExpr"}
 
 
-def test_both_plugins_have_the_names_that_the_nodes_ask_for(fake: tuple[Any, Any]) -> None:
+def test_plugins_have_the_names_that_the_nodes_ask_for(fake: tuple[Any, Any]) -> None:
     register_plugins(TARGET)
     assert set(fake[1].registry.plugins) == {f"{PLUGIN_NAMESPACE}::{op}" for op in OPS}
 
@@ -132,15 +137,15 @@ def test_plans_need_no_python(fake: tuple[Any, Any]) -> None:
         assert plugin.impl_func is None
 
 
-def test_all_rows_share_a_type_and_indices_are_int64(fake: tuple[Any, Any]) -> None:
+def test_rows_share_a_type_indices_are_int64_and_states_fp32(fake: tuple[Any, Any]) -> None:
     register_plugins(TARGET)
+    others = {"index": "INT64", "partial": "FP32"}
     for op in OPS:
         plugin = fake[1].registry.plugins[f"svcli::{op}"]
         num_inputs = len(KERNELS[op].inputs)
         (combination,) = plugin.autotune_func(*[None] * num_inputs, (None,))
-        types = dict(zip([*KERNELS[op].inputs, KERNELS[op].output], combination.io_types, strict=True))
-        assert types.pop("index", "INT64") == "INT64"
-        assert set(types.values()) == {"FP32|FP16|BF16"}
+        names = [*KERNELS[op].inputs, KERNELS[op].output]
+        assert combination.io_types == [others.get(name, "FP32|FP16|BF16") for name in names]
         assert combination.layouts == ["LINEAR"]
 
 
@@ -159,21 +164,39 @@ def test_a_second_registration_changes_the_target_only(fake: tuple[Any, Any], mo
     assert sorted(set(asked)) == ["sm_80", "sm_90"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_an_image_has_the_blocks_that_its_kernel_is_compiled_for(fake: tuple[Any, Any], target: str) -> None:
+def plugin_inputs(fake: tuple[Any, Any], op: Op, width: Any) -> list[Any]:
+    """Descriptions of the inputs of a pool's plugin, for rows of `width`, an expression."""
     trt, trtp = fake
-    register_plugins(target)
-    found = answers(trtp.registry.plugins, fake_desc(trt, trtp), lambda size: size.value)
-    assert found["SummaryPool, fp16"]["grid"] == [3 * pool_blocks(target), 1, 1]
+
+    def desc(*sizes: Any) -> Any:
+        exprs = tuple(size if isinstance(size, trtp.ShapeExpr) else trtp.ShapeExpr(size) for size in sizes)
+        return trtp.TensorDesc(trtp.ShapeExprs.from_tuple(exprs), trt.float16)
+
+    if op == "SummaryMerge":
+        return [desc(1, 2, width + 2), desc(width)]
+    return [desc(1, 9, width), desc(width), desc(width), desc(1, width), desc(1)]
 
 
-def test_rows_too_wide_are_refused_while_the_plan_is_built(fake: tuple[Any, Any]) -> None:
-    trt, trtp = fake
+@pytest.mark.parametrize(("op", "attributes"), [("SummaryPartial", [[1e-5]]), ("SummaryMerge", [])])
+def test_rows_too_wide_are_refused_while_the_plan_is_built(
+    fake: tuple[Any, Any], op: Op, attributes: list[Any]
+) -> None:
     register_plugins(TARGET)
-    plugin = trtp.registry.plugins["svcli::SummaryPool"]
-    desc = fake_desc(trt, trtp)((1, 9, MAX_POOL_WIDTH + 8), "float16")
-    with pytest.raises(LaunchError, match=f"up to {MAX_POOL_WIDTH} elements, not {MAX_POOL_WIDTH + 8}"):
-        plugin.aot_impl_func(desc, *[None] * 4, [1e-5], (None,), 0)
+    plugin = fake[1].registry.plugins[f"svcli::{op}"]
+    inputs = plugin_inputs(fake, op, fake[1].ShapeExpr(MAX_POOL_WIDTH + 8))
+    with pytest.raises(LaunchError, match=f"1 to {MAX_POOL_WIDTH} elements, not {MAX_POOL_WIDTH + 8}"):
+        plugin.aot_impl_func(*inputs, *attributes, (None,), 0)
+
+
+@pytest.mark.parametrize(("op", "attributes"), [("SummaryPartial", [[1e-5]]), ("SummaryMerge", [])])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_width_that_is_not_known_is_refused_while_the_plan_is_built(
+    fake: tuple[Any, Any], op: Op, attributes: list[Any], dynamic: bool
+) -> None:
+    register_plugins(TARGET)
+    width = fake[1].ShapeExpr(64, dynamic=True) if dynamic else fake[1].ShapeExpr()
+    with pytest.raises(PluginError, match="whose width is known when the plan is built"):
+        fake[1].registry.plugins[f"svcli::{op}"].aot_impl_func(*plugin_inputs(fake, op, width), *attributes, (None,), 0)
 
 
 def test_other_types_are_refused(fake: tuple[Any, Any]) -> None:
@@ -216,9 +239,12 @@ def test_the_real_registry_makes_our_plugins_ahead_of_time_only(real: dict[str, 
     made = real["creation"]
     assert {op: plugin["kind"] for op, plugin in made.items()} == dict.fromkeys(OPS, "_TemplateAOTPlugin")
     assert not any(plugin["python_at_run_time"] for plugin in made.values())
-    assert {op: plugin["fields"] for op, plugin in made.items()} == {"TokenGather": [], "SummaryPool": ["epsilon"]}
-    assert made["SummaryPool"]["attributes"] == {"epsilon": pytest.approx(1e-3)}
-    assert all(plugin["output_types"] == ["HALF"] for plugin in made.values())
-    rows = [["FLOAT", "INT64", "FLOAT"], ["HALF", "INT64", "HALF"], ["BF16", "INT64", "BF16"]]
-    assert made["TokenGather"]["tuned"] == rows
-    assert made["SummaryPool"]["tuned"] == [[name] * 6 for name in ("FLOAT", "HALF", "BF16")]
+    fields = {op: plugin["fields"] for op, plugin in made.items()}
+    assert fields == {"TokenGather": [], "SummaryPartial": ["epsilon"], "SummaryMerge": []}
+    assert made["SummaryPartial"]["attributes"] == {"epsilon": pytest.approx(1e-3)}
+    types = {op: plugin["output_types"] for op, plugin in made.items()}
+    assert types == {"TokenGather": ["HALF"], "SummaryPartial": ["FLOAT"], "SummaryMerge": ["HALF"]}
+    elements = ("FLOAT", "HALF", "BF16")
+    assert made["TokenGather"]["tuned"] == [[name, "INT64", name] for name in elements]
+    assert made["SummaryPartial"]["tuned"] == [[*[name] * 5, "FLOAT"] for name in elements]
+    assert made["SummaryMerge"]["tuned"] == [["FLOAT", name, name] for name in elements]

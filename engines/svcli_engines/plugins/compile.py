@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from svcli_engines.plugins.launch import Element, Op, defines, pool_blocks
+from svcli_engines.plugins.launch import Element, Op, defines
 from svcli_engines.plugins.nvrtc import CompileError, Form, find_nvrtc
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -111,18 +111,16 @@ def check_driver(compiler: Compiler, driver: int) -> None:
         )
 
 
-def compiled(op: Op, element: Element, target: str, form: Form = "ptx", num_blocks: int | None = None) -> bytes:
+def compiled(op: Op, element: Element, target: str, form: Form = "ptx") -> bytes:
     """The kernel of `op` for `element` on `target`, from the cache where it is there.
 
-    `num_blocks` per image other than those of the target are for measuring. Raises TargetError, CompilerMissing or
-    CompileError.
+    Raises TargetError, CompilerMissing or CompileError.
     """
     if target not in TARGETS:
         raise TargetError(f"the plugins are compiled for {', '.join(TARGETS)}, not for {target}")
     compiler = find_compiler()
     source = SOURCE.read_text(encoding="utf-8")
-    constants = defines(op, element, pool_blocks(target) if num_blocks is None else num_blocks)
-    options = ["--std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]
+    options = ["--std=c++17", *(f"-D{name}={value}" for name, value in defines(op, element).items())]
     key = "\0".join([compiler.name, compiler.version, target, form, *options, source])
     cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.{form}"
     if cached.is_file():

@@ -3,7 +3,9 @@
 TensorRT's registration, the check on a GPU and the tests on the CPU all read it here. A size is an int, or one of
 TensorRT's symbolic expressions: those of a plan are evaluated at run time, for the shapes of the call.
 
-Shapes: B batch or images, H heads, N rows, M rows taken, D elements of a row.
+SummaryPool is two kernels: SummaryPartial pools parts of a group of rows, SummaryMerge joins them.
+
+Shapes: B batch or images, H heads, N rows, M rows taken, D elements of a row, S parts of a group.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Literal, get_args
 
 Element = Literal["fp32", "fp16", "bf16"]
 """dtype of rows, weights and results."""
-Op = Literal["TokenGather", "SummaryPool"]
+Op = Literal["TokenGather", "SummaryPartial", "SummaryMerge"]
 Size = Any
 """An int, or a symbolic expression that knows `*`."""
 
@@ -27,12 +29,17 @@ ELEMENT_BYTES: Mapping[Element, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 _ACCESS_BYTES = 16
 _GATHER_THREADS = 256
 _GATHER_UNROLL = 4
-_POOL_THREADS = 512
-_POOL_PER_THREAD = 16
-MAX_POOL_WIDTH = _POOL_THREADS * _POOL_PER_THREAD
-"""Widest row that SummaryPool takes: it is held in the registers of one block."""
-_CLUSTER = 8
-"""Blocks that share an image where the hardware has clusters: the most that every such GPU offers."""
+_PARTIAL_THREADS = 256
+PARTIAL_ROWS = 8
+"""Rows of a part: one for each warp of a block, so that rows are scored without barriers."""
+MAX_POOL_WIDTH = 8192
+"""Widest row that is pooled: what the warps of a row hold in registers."""
+STATE_EXTRAS = 2
+"""What a part's state has beside its weighted sums: its greatest score and its sum of weights."""
+_MERGE_THREADS = 256
+_MERGE_UNROLL = 4
+_MERGE_COLUMNS = 32
+"""Columns of a block: one for each lane."""
 
 
 class LaunchError(ValueError):
@@ -57,11 +64,14 @@ KERNELS: Mapping[Op, Kernel] = {
     "TokenGather": Kernel(
         "token_gather", ("data", "index"), ("groups", "heads", "num_rows", "num_taken", "width"), "rows"
     ),
-    "SummaryPool": Kernel(
-        "summary_pool",
+    "SummaryPartial": Kernel(
+        "summary_partial",
         ("tokens", "norm_weight", "norm_bias", "score_weight", "score_bias"),
-        ("num_images", "num_rows", "width", "epsilon_bits"),
-        "summary",
+        ("num_images", "num_rows", "num_parts", "width", "epsilon_bits"),
+        "partial",
+    ),
+    "SummaryMerge": Kernel(
+        "summary_merge", ("partial", "norm_weight"), ("num_images", "num_parts", "width"), "summary"
     ),
 }
 
@@ -92,22 +102,17 @@ def entry_name(op: Op, element: Element) -> str:
     return f"{KERNELS[op].name}_{element}"
 
 
-def pool_blocks(target: str) -> int:
-    """Blocks that share one image on `target`, such as `sm_90`, the first that has clusters."""
-    return _CLUSTER if int(target.removeprefix("sm_")) >= 90 else 1
-
-
-def defines(op: Op, element: Element, num_blocks: int) -> dict[str, int]:
-    """Constants that kernels.cu is compiled with; `num_blocks` as from `pool_blocks`."""
-    return {
-        f"SVCLI_{KERNELS[op].name.upper()}": 1,
-        f"SVCLI_{element.upper()}": 1,
-        "SVCLI_GATHER_THREADS": _GATHER_THREADS,
-        "SVCLI_GATHER_UNROLL": _GATHER_UNROLL,
-        "SVCLI_POOL_THREADS": _POOL_THREADS,
-        "SVCLI_POOL_PER_THREAD": _POOL_PER_THREAD,
-        "SVCLI_POOL_BLOCKS": num_blocks,
-    }
+def defines(op: Op, element: Element) -> dict[str, int]:
+    """What kernels.cu has to know when it is compiled."""
+    selected = {f"SVCLI_{KERNELS[op].name.upper()}": 1, f"SVCLI_{element.upper()}": 1}
+    match op:
+        case "TokenGather":
+            return selected | {"SVCLI_GATHER_THREADS": _GATHER_THREADS, "SVCLI_GATHER_UNROLL": _GATHER_UNROLL}
+        case "SummaryPartial":
+            rows = {"SVCLI_PARTIAL_ROWS": PARTIAL_ROWS, "SVCLI_PARTIAL_MAX_WIDTH": MAX_POOL_WIDTH}
+            return selected | {"SVCLI_PARTIAL_THREADS": _PARTIAL_THREADS} | rows
+        case "SummaryMerge":
+            return selected | {"SVCLI_MERGE_THREADS": _MERGE_THREADS, "SVCLI_MERGE_UNROLL": _MERGE_UNROLL}
 
 
 def token_gather(
@@ -131,22 +136,51 @@ def token_gather(
     return Launch(entry_name("TokenGather", element), grid, _GATHER_THREADS, extras)
 
 
-def summary_pool(
-    tokens: Sequence[Size], element: Element, epsilon: float, num_blocks: int, arithmetic: Arithmetic = INTEGERS
-) -> Launch:
-    """Summaries [B, 1, D] of `tokens` [B, N, D], a shape; `num_blocks` as the module was compiled for.
+def num_parts(num_rows: Size, arithmetic: Arithmetic = INTEGERS) -> Size:
+    """S for a group of N rows. A group of none has one part, which is empty, so that no tensor is."""
+    return arithmetic.maximum(arithmetic.ceil_div(num_rows, PARTIAL_ROWS), 1)
 
-    Raises LaunchError for other ranks, and for rows that are known to be wider than MAX_POOL_WIDTH.
+
+def summary_partial(
+    tokens: Sequence[Size], element: Element, epsilon: float, arithmetic: Arithmetic = INTEGERS
+) -> Launch:
+    """States [B, S, D + 2], fp32, of the parts of `tokens` [B, N, D], a shape whose D is known.
+
+    Raises LaunchError for other ranks, and for rows that are empty or wider than MAX_POOL_WIDTH.
     """
     if len(tokens) != 3:
         raise LaunchError(f"SummaryPool takes tokens [B, N, D], not {len(tokens)} axes")
     num_images, num_rows, width = tokens
-    if isinstance(width, int) and width > MAX_POOL_WIDTH:
-        raise LaunchError(f"SummaryPool takes rows of up to {MAX_POOL_WIDTH} elements, not {width}")
+    parts = num_parts(num_rows, arithmetic)
     # An extra argument is an integer, so that a float travels as its bits.
     (epsilon_bits,) = struct.unpack("i", struct.pack("f", epsilon))
-    grid = arithmetic.maximum(num_images, 1) * num_blocks
-    return Launch(entry_name("SummaryPool", element), grid, _POOL_THREADS, (num_images, num_rows, width, epsilon_bits))
+    extras = (num_images, num_rows, parts, _checked(width), epsilon_bits)
+    grid = arithmetic.maximum(num_images, 1) * parts
+    return Launch(entry_name("SummaryPartial", element), grid, _PARTIAL_THREADS, extras)
+
+
+def summary_merge(
+    partial: Sequence[Size], norm_weight: Sequence[int], element: Element, arithmetic: Arithmetic = INTEGERS
+) -> Launch:
+    """Summaries [B, 1, D] of `partial` [B, S, D + 2], which SummaryPartial made; `norm_weight` is [D]. Both are shapes.
+
+    Raises LaunchError for other ranks, and for rows that are empty or wider than MAX_POOL_WIDTH.
+    """
+    if len(partial) != 3 or len(norm_weight) != 1:
+        raise LaunchError(
+            "SummaryMerge takes partial [B, S, D + 2] and norm_weight [D],"
+            f" not {len(partial)} and {len(norm_weight)} axes"
+        )
+    num_images, parts, _ = partial
+    width = _checked(norm_weight[0])
+    grid = arithmetic.maximum(num_images, 1) * INTEGERS.ceil_div(width, _MERGE_COLUMNS)
+    return Launch(entry_name("SummaryMerge", element), grid, _MERGE_THREADS, (num_images, parts, width))
+
+
+def _checked(width: int) -> int:
+    if not 1 <= width <= MAX_POOL_WIDTH:
+        raise LaunchError(f"SummaryPool takes rows of 1 to {MAX_POOL_WIDTH} elements, not {width}")
+    return width
 
 
 class PackedParameters:

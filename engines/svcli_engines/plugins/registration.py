@@ -1,7 +1,8 @@
 """The plugins as TensorRT sees them: quickly deployable plugins whose kernels are compiled ahead of time.
 
-`svcli::TokenGather` and `svcli::SummaryPool` match nodes of that type with `plugin_namespace="svcli"`. There is no
-`impl`, only `aot_impl`: the builder gets PTX and symbolic launch dimensions, and a plan needs no Python to run.
+`svcli::TokenGather`, `svcli::SummaryPartial` and `svcli::SummaryMerge` match nodes of that type with
+`plugin_namespace="svcli"`; plan_graphs.py makes the latter two of SummaryPool. There is no `impl`, only `aot_impl`: the
+builder gets PTX and symbolic launch dimensions, and a plan needs no Python to run.
 
 Only for TensorRT itself: in TensorRT-RTX a node that matches a registered plugin ends the process.
 """
@@ -16,8 +17,9 @@ from typing import Any, Tuple, Union  # noqa: UP035  TensorRT 10 knows the annot
 import numpy as np
 
 from svcli_engines.plugins.compile import compiled
-from svcli_engines.plugins.launch import KERNELS, OPS, Arithmetic, Element, Launch, Op, pool_blocks
-from svcli_engines.plugins.launch import summary_pool as summary_pool_launch
+from svcli_engines.plugins.launch import KERNELS, OPS, STATE_EXTRAS, Arithmetic, Element, Launch, Op, num_parts
+from svcli_engines.plugins.launch import summary_merge as summary_merge_launch
+from svcli_engines.plugins.launch import summary_partial as summary_partial_launch
 from svcli_engines.plugins.launch import token_gather as token_gather_launch
 
 NAMESPACE = "svcli"
@@ -66,9 +68,10 @@ def register_plugins(target: str) -> None:
     _build.target = target
     if all(hasattr(getattr(trtp.op, NAMESPACE, None), op) for op in OPS):
         return
-    for op, functions in {"TokenGather": _token_gather(trt, trtp), "SummaryPool": _summary_pool(trt, trtp)}.items():
+    made = {"TokenGather": _token_gather, "SummaryPartial": _summary_partial, "SummaryMerge": _summary_merge}
+    for op, functions in made.items():
         plugin = f"{NAMESPACE}::{op}"
-        describe, tune, compile_ahead = functions
+        describe, tune, compile_ahead = functions(trt, trtp)
         trtp.register(plugin)(describe)
         trtp.autotune(plugin)(tune)
         trtp.aot_impl(plugin)(compile_ahead)
@@ -101,7 +104,7 @@ def _token_gather(trt: Any, trtp: Any) -> tuple[Callable[..., Any], ...]:
     return _annotated(trtp, "TokenGather", {}, describe, tune, compile_ahead)
 
 
-def _summary_pool(trt: Any, trtp: Any) -> tuple[Callable[..., Any], ...]:
+def _summary_partial(trt: Any, trtp: Any) -> tuple[Callable[..., Any], ...]:
     def describe(
         tokens: Desc,
         norm_weight: Desc,  # noqa: ARG001
@@ -110,9 +113,11 @@ def _summary_pool(trt: Any, trtp: Any) -> tuple[Callable[..., Any], ...]:
         score_bias: Desc,  # noqa: ARG001
         epsilon: Any,  # noqa: ARG001
     ) -> Desc:
-        summary = tokens.like()
-        summary.shape_expr[1] = 1
-        return summary
+        partial = tokens.like()
+        partial.dtype = trt.float32
+        partial.shape_expr[1] = num_parts(tokens.shape_expr[1], _symbolic(trtp))
+        partial.shape_expr[2] = tokens.shape_expr[2] + STATE_EXTRAS
+        return partial
 
     def tune(
         tokens: Desc,  # noqa: ARG001
@@ -122,11 +127,11 @@ def _summary_pool(trt: Any, trtp: Any) -> tuple[Callable[..., Any], ...]:
         score_bias: Desc,  # noqa: ARG001
         outputs: tuple[Desc],  # noqa: ARG001
     ) -> list[Any]:
-        return [trtp.AutoTuneCombination(", ".join(["FP32|FP16|BF16"] * 6), "LINEAR")]
+        return [trtp.AutoTuneCombination(", ".join([*["FP32|FP16|BF16"] * 5, "FP32"]), "LINEAR")]
 
     def compile_ahead(
         tokens: Desc,
-        norm_weight: Desc,  # noqa: ARG001
+        norm_weight: Desc,
         norm_bias: Desc,  # noqa: ARG001
         score_weight: Desc,  # noqa: ARG001
         score_bias: Desc,  # noqa: ARG001
@@ -135,14 +140,31 @@ def _summary_pool(trt: Any, trtp: Any) -> tuple[Callable[..., Any], ...]:
         tactic: int,  # noqa: ARG001
     ) -> Compiled:
         element = _element(trt, tokens)
-        images, rows, width = tokens.shape_expr
-        # Weights fix the width, so that one which is too wide for the kernel is refused here, not on the GPU.
-        launch = summary_pool_launch(
-            (images, rows, _known(width)), element, float(epsilon[0]), pool_blocks(_build.target), _symbolic(trtp)
-        )
-        return _finished(trtp, "SummaryPool", element, launch)
+        shape = (tokens.shape_expr[0], tokens.shape_expr[1], _width(norm_weight))
+        launch = summary_partial_launch(shape, element, float(epsilon[0]), _symbolic(trtp))
+        return _finished(trtp, "SummaryPartial", element, launch)
 
-    return _annotated(trtp, "SummaryPool", {"epsilon": Float32Array}, describe, tune, compile_ahead)
+    return _annotated(trtp, "SummaryPartial", {"epsilon": Float32Array}, describe, tune, compile_ahead)
+
+
+def _summary_merge(trt: Any, trtp: Any) -> tuple[Callable[..., Any], ...]:
+    # The states are fp32 whatever the rows are: norm_weight says what type the summary has.
+    def describe(partial: Desc, norm_weight: Desc) -> Desc:
+        summary = partial.like()
+        summary.dtype = norm_weight.dtype
+        summary.shape_expr[1] = 1
+        summary.shape_expr[2] = norm_weight.shape_expr[0]
+        return summary
+
+    def tune(partial: Desc, norm_weight: Desc, outputs: tuple[Desc]) -> list[Any]:  # noqa: ARG001
+        return [trtp.AutoTuneCombination("FP32, FP32|FP16|BF16, FP32|FP16|BF16", "LINEAR")]
+
+    def compile_ahead(partial: Desc, norm_weight: Desc, outputs: tuple[Desc], tactic: int) -> Compiled:  # noqa: ARG001
+        element = _element(trt, norm_weight)
+        launch = summary_merge_launch(tuple(partial.shape_expr), (_width(norm_weight),), element, _symbolic(trtp))
+        return _finished(trtp, "SummaryMerge", element, launch)
+
+    return _annotated(trtp, "SummaryMerge", {}, describe, tune, compile_ahead)
 
 
 def _annotated(
@@ -171,9 +193,12 @@ def _element(trt: Any, rows: Desc) -> Element:
     return elements[rows.dtype]
 
 
-def _known(size: Any) -> Any:
-    """An int where the builder knows the size, for checks; or else the expression."""
-    return size.constant_value() if not size.is_fake and size.is_constant else size
+def _width(norm_weight: Desc) -> int:
+    """D, of a weight [D]: a row that is too wide for the kernels is refused while the plan is built, not on the GPU."""
+    size = norm_weight.shape_expr[0]
+    if size.is_fake or not size.is_constant:
+        raise PluginError("SummaryPool takes rows whose width is known when the plan is built")
+    return int(size.constant_value())
 
 
 def _symbolic(trtp: Any) -> Arithmetic:
