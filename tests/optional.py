@@ -12,7 +12,10 @@ import pytest
 
 OPTIONAL = {
     "compiler": "no C++ compiler (CXX, g++ or clang++): the kernels' arithmetic was not checked",
-    "inductor": "no C++ compiler, or no Python.h, for torch.compile: compiled decoding was not checked",
+    "inductor": (
+        "no C++ compiler or no Python.h for torch.compile, or torch lies in a path with a space, which it cannot compile"
+        " in: compiled decoding was not checked"
+    ),
     "nvrtc": 'no NVRTC (pip install "nvidia-cuda-nvrtc>=13.0,<13.1"): no PTX was compiled',
     "tensorrt": (
         "SVCLI_TENSORRT_WHEELS is not set to a folder with tensorrt-cu13-bindings and tensorrt-lean-cu13-libs"

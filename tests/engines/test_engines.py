@@ -262,7 +262,8 @@ def test_torch_decodes_compiled_what_it_decodes_as_written(
     exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By TorchInductor itself, as on CUDA, but for the kernels' language."""
-    if host_compiler() is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    if host_compiler() is None or not has_headers or " " in torch.__file__:  # which it hands on without quotes
         missing("inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     engine, reference = exported.engine_of_checkpoint(compiled=True), exported.torch_engine()

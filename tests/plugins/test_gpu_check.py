@@ -498,7 +498,8 @@ def test_without_the_drivers_package_it_says_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_check, "WHERE", "cpu")
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    for name in ("cuda.bindings", "cuda.bindings.driver"):  # the latter may have been imported before
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(NoDevice, match="pip install cuda-bindings"):
         gpu_check.open_device()
 
