@@ -13,8 +13,8 @@ import pytest
 OPTIONAL = {
     "compiler": "no C++ compiler (CXX, g++ or clang++): the kernels' arithmetic was not checked",
     "inductor": (
-        "no C++ compiler or no Python.h for torch.compile, or torch lies in a path with a space, which it cannot compile"
-        " in: compiled decoding was not checked"
+        "no C++ compiler or no Python.h for torch.compile, or torch in a path with a space, which it cannot compile in:"
+        " compiled decoding was not checked"
     ),
     "nvrtc": 'no NVRTC (pip install "nvidia-cuda-nvrtc>=13.0,<13.1"): no PTX was compiled',
     "tensorrt": (
