@@ -31,8 +31,8 @@ test: $(TEST_STAMP)
 	.venv/bin/python -m pytest
 
 gpu-check:
-	@PYTHONPATH=.:export:engines $(PYTHON) -m benchmarks.gpu_check
-	@PYTHONPATH=.:export:engines $(PYTHON) -m benchmarks.gpu_engine
+	@export PYTHONPATH=.:export:engines; $(PYTHON) -m benchmarks.gpu_check; kernels=$$?; \
+	$(PYTHON) -m benchmarks.gpu_engine && exit $$kernels
 
 format: $(TEST_STAMP)
 	.venv/bin/python -m ruff check --fix .
