@@ -97,14 +97,19 @@ def projector_flops(config: ModelConfig) -> int:
 
 def split_flops(config: ModelConfig) -> int:
     """Ranking, merge and summaries: what Skip-Vision itself adds to one picture."""
-    vision, width, skip = config.vision, config.text.hidden_size, config.skip
+    vision, skip = config.vision, config.skip
     if skip is None:
         return 0
-    rest, skipped = vision.num_patches - skip.num_retained, skip.num_skipped
-    ranking = 2 * vision.hidden_size * (1 + vision.num_patches) if skip.selector == "cls_attention" else 0
-    summaries = 4 * width * (skip.num_retained + skipped)  # a score and a weighted sum over either group
-    if not 0 < skipped < rest:
-        return ranking + summaries
+    ranked = 2 * vision.hidden_size * (1 + vision.num_patches) if skip.selector == "cls_attention" else 0
+    return ranked + merge_flops(config.text.hidden_size, vision.num_patches, skip.num_retained, skip.num_skipped)
+
+
+def merge_flops(width: int, num_tokens: int, num_retained: int, num_skipped: int) -> int:
+    """Merging what is not retained of `num_tokens` tokens of `width` to `num_skipped`, and both summaries."""
+    rest = num_tokens - num_retained
+    summaries = 4 * width * (num_retained + num_skipped)  # a score and a weighted sum over either group
+    if not 0 < num_skipped < rest:
+        return summaries
     similarity = 2 * width * rest**2
-    means = 2 * width * skipped * (rest - skipped)
-    return ranking + similarity + means + summaries
+    means = 2 * width * num_skipped * (rest - num_skipped)
+    return similarity + means + summaries

@@ -9,6 +9,7 @@ import typer
 from svcli import __version__, ui
 from svcli.commands.build_engine import build_engine
 from svcli.commands.chat import chat
+from svcli.commands.cost import cost
 from svcli.commands.data import fetch
 from svcli.commands.doctor import doctor
 from svcli.commands.export import export
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, inspect, verify, doctor, export, build_engine, train):
+for command in (chat, inspect, cost, verify, doctor, export, build_engine, train):
     app.command()(reported(command))
 data = typer.Typer(help="The art, fonts and words that training pictures are made of.")
 data.command()(reported(fetch))
@@ -53,6 +54,6 @@ def main(
             [
                 ('svcli chat PICTURE "what is this?"', "an answer, word by word"),
                 ("svcli inspect", "what the bundled model is made of"),
-                ("svcli --help", "everything else: verify, doctor, export, build-engine, train, data"),
+                ("svcli --help", "everything else: cost, verify, doctor, export, build-engine, train, data"),
             ],
         )

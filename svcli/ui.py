@@ -61,7 +61,8 @@ def note(message: str) -> None:
 
 def show(line: str) -> None:
     """One line of a result."""
-    stdout().print(printable(line), soft_wrap=True)
+    console = stdout()
+    console.print(_encodable(console, printable(line)), soft_wrap=True)
 
 
 def welcome(greeting: str, first_steps: Sequence[tuple[str, str]]) -> None:
@@ -92,7 +93,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for column in columns:
         view.add_column(column, overflow="fold")
     for row in rows:
-        view.add_row(*map(printable, row))
+        view.add_row(*(_encodable(console, printable(cell)) for cell in row))
     if Measurement.get(console, console.options.update(max_width=_UNBOUNDED), view).maximum <= console.width:
         console.print(view, "")
         return
@@ -116,6 +117,14 @@ def size_change(before: float, after: float) -> str:
     divisor, unit = _unit(max(before, after))
     first, second = (f"{each:.1f}" if each < 10 else f"{each:.0f}" for each in (before / divisor, after / divisor))
     return f"{first} {unit}" if before == after else f"{first}→{second} {unit}"
+
+
+def flops(count: float) -> str:
+    """FLOPs in the unit that reads best."""
+    for power, unit in ((4, "T"), (3, "G"), (2, "M")):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.3g} {unit}FLOP"
+    return f"{count:.0f} FLOP"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from svcli import ui
-from svcli.errors import UsageError
+from svcli.skip_option import parse_counts
 
 
 class Precision(str, Enum):
@@ -83,7 +82,4 @@ def parse_skip(text: str | None) -> tuple[int, int] | Literal["off"] | None:
     """`64/64`, `off`, or None for what the source says."""
     if text is None or text == "off":
         return None if text is None else "off"
-    counts = re.fullmatch(r"(\d+)/(\d+)", text)
-    if counts is None:
-        raise UsageError(f"--skip {text}: write RETAINED/SKIPPED, such as 64/64, or off")
-    return int(counts[1]), int(counts[2])
+    return parse_counts(text)

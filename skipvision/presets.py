@@ -1,0 +1,65 @@
+"""How a picture's visual tokens are split: the paper's settings by name, with what it prints of them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from skipvision.config import require
+from skipvision.layout import ImageSpan
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Of the plain model's, as shares; None where the paper prints no figure."""
+
+    flops: float | None = None
+    hours: float | None = None
+    """Of training."""
+    latency: float | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the visual tokens of one picture are split, as numbers."""
+
+    title: str
+    num_tokens: int
+    """Visual tokens of the plain model."""
+    num_retained: int
+    num_skipped: int
+    num_views: int = 1
+    """Pictures that the encoder sees for one: tiles and thumbnail."""
+    is_ranked: bool = True
+    """Whether the attention of CLS chooses what is retained; or else it is a fixed part."""
+    is_linear: bool = True
+    """Whether each patch becomes one token; or else a resampler stands between, whose cost is not worked out here."""
+    printed: Printed = field(default_factory=Printed)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a split that cannot be."""
+        rest = self.num_tokens - self.num_retained
+        require(self.num_retained >= 1 and rest >= 0, f"of {self.num_tokens} visual tokens 1 to all can be retained")
+        require(0 <= self.num_skipped <= rest, f"at most {rest} tokens can be skipped, since no more are not retained")
+
+    @property
+    def plain(self) -> ImageSpan:
+        return ImageSpan(self.num_tokens)
+
+    @property
+    def skipped(self) -> ImageSpan:
+        return ImageSpan(self.num_retained, self.num_skipped, num_summary=2 if self.num_skipped else 1)
+
+
+PRESETS: Mapping[str, Setting] = {
+    "sv-llava-100": Setting("SV-LLaVA", 576, 100, 156, printed=Printed(0.25, 7.9 / 10.2, 90 / 125)),
+    "sv-llava-256": Setting("SV-LLaVA", 576, 256, 320, printed=Printed(0.60, 9.0 / 10.2, 103 / 125)),
+    "sv-llava-hd": Setting(
+        "SV-LLaVA-HD", 2880, 576, 576, num_views=5, is_ranked=False, printed=Printed(0.50, 12.2 / 19, 250 / 450)
+    ),
+    "sv-cos-272": Setting(
+        "SV-CoS", 1296, 272, 256, is_ranked=False, is_linear=False, printed=Printed(0.25, 9.8 / 15.3, 90 / 160)
+    ),
+    "sv-vicuna-64": Setting("SV-LLaVA-1.5, on Vicuna", 576, 64, 156),
+}
+"""Skip-Vision, table 1, and the last one of table 4. FLOPs as printed in the first."""

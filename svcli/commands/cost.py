@@ -1,0 +1,258 @@
+"""`svcli cost`: what skipping saves on a model, from its sizes alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from svcli import ui
+from svcli.errors import UsageError
+from svcli.settings import bundled_model
+from svcli.skip_option import parse_counts
+
+if TYPE_CHECKING:
+    from skipvision.config import ModelConfig
+    from skipvision.estimate import Estimate, Side
+    from skipvision.families import KnownModel
+    from skipvision.presets import Setting
+    from skipvision.roofline import Gpu
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is asked about."""
+
+    name: str
+    config: ModelConfig
+    known: KnownModel | None
+    """None for a model of our own."""
+
+
+def cost(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder with a config.json, checkpoint, bundle, or the name of a known model; the bundled one if left"
+            " out.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of the paper's settings, such as sv-llava-100.")
+    ] = None,
+    skip: Annotated[
+        str | None, typer.Option(metavar="R/S", help="Retained and skipped tokens of a picture, such as 100/156.")
+    ] = None,
+    num_text: Annotated[int, typer.Option("--text", min=0, metavar="N", help="Rows of text beside the picture.")] = 40,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Times at best on this one, such as h200.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show what one picture costs, dense against skipped.
+
+    FLOPs, KV bytes and weights from sizes alone: nothing is run, and no weights are needed. Without a setting a known
+    model is shown with all of the paper's.
+    """
+    from skipvision.estimate import estimate
+    from skipvision.presets import PRESETS
+
+    subject = find_model(model)
+    card = find_gpu(gpu)
+    setting = find_setting(subject, preset, skip)
+    if setting is not None:
+        found = estimate(subject.config, setting, num_text)
+        described = facts(subject, {preset or "setting": setting}, {preset or "setting": found}, num_text, card)
+        if as_json:
+            ui.show(json.dumps(described, indent=2))
+        else:
+            _render(subject, setting, found, num_text, card)
+        return
+    if card is not None:
+        raise UsageError(f"--gpu {gpu} goes with one setting; name it by --preset or --skip")
+    every = {name: estimate(subject.config, each, num_text) for name, each in PRESETS.items()}
+    if as_json:
+        ui.show(json.dumps(facts(subject, dict(PRESETS), every, num_text, None), indent=2))
+    else:
+        _render_presets(subject, every, num_text)
+
+
+def find_model(name: str | None) -> Subject:
+    """Raises UsageError for what is neither folder nor known; ConfigError, BundleError for a broken one."""
+    from skipvision.families import KNOWN_MODELS, known_model
+
+    folder = bundled_model() if name is None else Path(name)
+    if folder.is_dir():
+        return _of_folder(folder)
+    known = known_model(str(name))
+    if known is None:
+        names = ", ".join(KNOWN_MODELS)
+        raise UsageError(f"{name}: no such folder, and no known model; known are {names}")
+    return Subject(str(name), known.config, known)
+
+
+def _of_folder(folder: Path) -> Subject:
+    from skipvision.config import ConfigError, ModelConfig
+    from skipvision.families import read_model
+    from svcli_export.manifest import MANIFEST_FILE, load_manifest
+
+    if (folder / MANIFEST_FILE).is_file():
+        return Subject(str(folder), load_manifest(folder, check_files=False).config, None)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UsageError(f"{folder}: has neither {MANIFEST_FILE} nor config.json, so it is no model")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if '"model_type"' not in text:
+            return Subject(str(folder), ModelConfig.from_json(text), None)
+        known = read_model(text)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return Subject(str(folder), known.config, known)
+
+
+def find_gpu(name: str | None) -> Gpu | None:
+    from skipvision.roofline import GPUS
+
+    if name is None or name in GPUS:
+        return None if name is None else GPUS[name]
+    raise UsageError(f"--gpu {name}: choose among {', '.join(GPUS)}")
+
+
+def find_setting(subject: Subject, preset: str | None, skip: str | None) -> Setting | None:
+    """None where a known model is to be shown with all presets. Raises UsageError."""
+    from skipvision.presets import PRESETS, Setting
+
+    if preset is not None and skip is not None:
+        raise UsageError("--preset and --skip: name one of them")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError(f"--preset {preset}: choose among {', '.join(PRESETS)}")
+        return PRESETS[preset]
+    tokens, own = subject.config.vision.num_patches, subject.config.skip
+    if skip is not None:
+        return Setting("as asked for", tokens, *parse_counts(skip))
+    if own is not None:
+        ranked = own.selector == "cls_attention"
+        return Setting("its own", tokens, own.num_retained, own.num_skipped, is_ranked=ranked)
+    if subject.known is None:
+        raise UsageError(f"{subject.name} does not skip; name a setting by --skip, such as --skip 64/64")
+    return None
+
+
+def facts(
+    subject: Subject,
+    settings: dict[str, Setting],
+    found: dict[str, Estimate],
+    num_text: int,
+    gpu: Gpu | None,
+) -> dict[str, Any]:
+    """Everything for programs."""
+    known = subject.known
+    described: dict[str, Any] = {
+        "model": subject.name,
+        "family": known.family.name if known else None,
+        "parameters": known.num_parameters if known else None,
+        "text_rows": num_text,
+        "settings": {name: asdict(settings[name]) | asdict(each) for name, each in found.items()},
+    }
+    if gpu is not None:
+        described["gpu"] = asdict(gpu)
+        for name, each in found.items():
+            described["settings"][name]["seconds_at_best"] = {
+                side: dict(
+                    zip(("prefill", "decode"), getattr(each, side).seconds(gpu, each.decoder_bytes), strict=True)
+                )
+                for side in ("dense", "skipped")
+            }
+    return described
+
+
+def _head(subject: Subject) -> str:
+    if subject.known is None:
+        return subject.name
+    count = subject.known.num_parameters
+    return (
+        f"{subject.name}: {subject.known.family.name}, {count / 1e9:.2f} billion weights, {ui.size(2 * count)} in fp16"
+    )
+
+
+def _render_presets(subject: Subject, every: dict[str, Estimate], num_text: int) -> None:
+    from skipvision.presets import PRESETS
+
+    ui.show(_head(subject))
+    rows = []
+    for name, found in every.items():
+        dense, skipped, printed = found.dense, found.skipped, PRESETS[name].printed.flops
+        rows.append(
+            (
+                name,
+                f"{dense.rows:,} → {skipped.rows:,}",
+                f"{dense.kv_rows:,} → {skipped.kv_rows:,}",
+                f"{ui.size(dense.picture_kv_bytes)} → {ui.size(skipped.picture_kv_bytes)}",
+                _share(skipped.visual_flops, dense.visual_flops),
+                _share(skipped.prefill_flops, dense.prefill_flops),
+                "" if printed is None else f"{printed:.0%}",
+            )
+        )
+    behind = f"+ {num_text} of text"
+    ui.table("", ("preset", "rows", "KV rows", "KV cache", "prefill FLOPs", behind, "paper"), rows)
+    ui.show("Shares of the plain model's. How the paper counts is not known; --preset NAME shows one in full.")
+
+
+def _render(subject: Subject, setting: Setting, found: Estimate, num_text: int, gpu: Gpu | None) -> None:
+    dense, skipped, printed = found.dense, found.skipped, setting.printed
+    split = f"{setting.num_retained} retained and {setting.num_skipped} skipped of {setting.num_tokens}"
+    ui.show(_head(subject))
+    rows = [
+        _rows("rows of the picture", dense.rows, skipped.rows),
+        _rows("KV rows of the picture", dense.kv_rows, skipped.kv_rows),
+        *_vision(dense, skipped),
+        _flops("prefill, picture alone", dense.visual_flops, skipped.visual_flops, printed.flops),
+        _flops(f"prefill, {num_text} rows of text", dense.prefill_flops, skipped.prefill_flops),
+        _flops("decode, one token", dense.decode_flops, skipped.decode_flops),
+        _bytes("KV cache of the picture", dense.picture_kv_bytes, skipped.picture_kv_bytes),
+        _bytes("KV cache of the prompt", dense.kv_bytes, skipped.kv_bytes),
+        _bytes("decoder weights, fp16", found.decoder_bytes, found.decoder_bytes),
+    ]
+    if gpu is not None:
+        times = zip(("prefill", "decode, one token"), dense.seconds(gpu, found.decoder_bytes), strict=True)
+        for (name, plain), ours in zip(times, skipped.seconds(gpu, found.decoder_bytes), strict=True):
+            rows.append((f"{name}, at best", _milliseconds(plain), _milliseconds(ours), _share(ours, plain), ""))
+    ui.table(f"{setting.title}: {split}", ("", "dense", "skipped", "of it", "paper"), rows)
+    notes = []
+    if not setting.is_linear:
+        notes.append("A resampler stands behind the encoder, whose cost is not worked out.")
+    if gpu is not None:
+        notes.append(f"At best: peaks of {gpu.title} by its data sheet, everything read once; nothing was measured.")
+    for note in notes:
+        ui.show(note)
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _rows(name: str, dense: int, skipped: int) -> tuple[str, ...]:
+    return name, f"{dense:,}", f"{skipped:,}", _share(skipped, dense), ""
+
+
+def _vision(dense: Side, skipped: Side) -> list[tuple[str, ...]]:
+    """One row, or none where a resampler stands between."""
+    if dense.vision_flops is None or skipped.vision_flops is None:
+        return []
+    return [_flops("vision", dense.vision_flops, skipped.vision_flops)]
+
+
+def _flops(name: str, dense: int, skipped: int, printed: float | None = None) -> tuple[str, ...]:
+    return name, ui.flops(dense), ui.flops(skipped), _share(skipped, dense), "" if printed is None else f"{printed:.0%}"
+
+
+def _bytes(name: str, dense: int, skipped: int) -> tuple[str, ...]:
+    return name, ui.size(dense), ui.size(skipped), _share(skipped, dense), ""
