@@ -198,7 +198,7 @@ def _render_presets(subject: Subject, every: dict[str, Estimate], num_text: int)
             )
         )
     behind = f"+ {num_text} of text"
-    ui.table("", ("preset", "rows", "KV rows", "KV cache", "prefill FLOPs", behind, "paper"), rows)
+    ui.table("", ("preset", "rows", "KV rows", "KV cache", "prefill FLOPs", behind, "paper's 8B"), rows)
     ui.show("Shares of the plain model's. How the paper counts is not known; --preset NAME shows one in full.")
 
 
@@ -221,11 +221,13 @@ def _render(subject: Subject, setting: Setting, found: Estimate, num_text: int, 
         times = zip(("prefill", "decode, one token"), dense.seconds(gpu, found.decoder_bytes), strict=True)
         for (name, plain), ours in zip(times, skipped.seconds(gpu, found.decoder_bytes), strict=True):
             rows.append((f"{name}, at best", _milliseconds(plain), _milliseconds(ours), _share(ours, plain), ""))
-    ui.table(f"{setting.title}: {split}", ("", "dense", "skipped", "of it", "paper"), rows)
+    ui.table(f"{setting.title}: {split}", ("", "dense", "skipped", "of it", "paper's 8B"), rows)
     notes = []
     if not setting.is_linear:
         notes.append("A resampler stands behind the encoder, whose cost is not worked out.")
     if gpu is not None:
+        if found.decoder_bytes + dense.kv_bytes > gpu.memory_bytes:
+            notes.append(f"{gpu.title} has {ui.size(gpu.memory_bytes)}: the decoder in fp16 does not fit.")
         notes.append(f"At best: peaks of {gpu.title} by its data sheet, everything read once; nothing was measured.")
     for note in notes:
         ui.show(note)

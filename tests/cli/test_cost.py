@@ -56,6 +56,12 @@ def test_one_setting_is_shown_in_full_with_times_at_best() -> None:
     assert 0 < best["skipped"]["prefill"] < best["dense"]["prefill"]
 
 
+def test_a_gpu_that_is_too_small_is_named() -> None:
+    options = ["--preset", "sv-llava-256", "--gpu"]
+    assert "does not fit" in cost("llava-1.5-13b-hf", *options, "rtx4090").stdout
+    assert "does not fit" not in cost("llava-1.5-13b-hf", *options, "h200").stdout
+
+
 def test_a_resampler_has_no_vision_cost() -> None:
     done = cost("llava-llama-3-8b", "--preset", "sv-cos-272")
     assert not any(line.startswith("vision") for line in lines(done))
