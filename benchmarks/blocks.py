@@ -12,6 +12,7 @@ from benchmarks.measuring import RESULTS
 from skipvision.config import ModelConfig
 from skipvision.data.kinds import KINDS
 from skipvision.data.names import COLOURS, SHAPES
+from skipvision.families import FAMILIES, KNOWN_MODELS
 from skipvision.layout import ImageSpan
 from skipvision.recipe import load_recipe
 
@@ -295,6 +296,27 @@ def _on_gpu(found: Any) -> str:
     return f"{found['gpu']}, torch {found['versions']['torch']}, {found['date']}."
 
 
+def families() -> str:
+    """What is known of the models that people have, a row for each family."""
+    rows = []
+    for kind, family in FAMILIES.items():
+        named = sum(known.family is family for known in KNOWN_MODELS.values())
+        computed = "in PyTorch" if family.is_computed else "no"
+        rows.append([family.name, f"`{kind}`", f"yes, {named} by name", computed, "no"])
+    return table(["family", "`model_type`", "sizes, `svcli cost`", "computed", "exported"], rows)
+
+
+def loading() -> str:
+    """A published checkpoint of real size."""
+    found = result("loading")
+    gib = {name: f"{found[name] / 2**30:.1f} GiB" for name in ("loaded_bytes", "read_bytes")}
+    return (
+        f"A checkpoint in the shape of {found['model']}, {found['parameters']:,} weights in fp16, takes"
+        f" {seconds(found['load_seconds'])} to load. The process then has {gib['loaded_bytes']} of memory at most, and"
+        f" {gib['read_bytes']} once every weight has been read ({on_machine(found)})."
+    )
+
+
 def model() -> str:
     """Sizes, from the recipe."""
     config: ModelConfig = load_recipe(_RECIPE).model
@@ -334,6 +356,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "gpu": gpu,
     "gpu_engine": gpu_engine,
+    "families": families,
+    "loading": loading,
     "model": model,
     "vocabulary": vocabulary,
 }

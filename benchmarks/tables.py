@@ -15,7 +15,14 @@ from benchmarks.blocks import BLOCKS, NotMeasuredError
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = tuple(
-    ROOT / name for name in ("README.md", "benchmarks/README.md", "docs/plugins.md", "models/skipvision-tiny/README.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "benchmarks/README.md",
+        "docs/models.md",
+        "docs/plugins.md",
+        "models/skipvision-tiny/README.md",
+    )
 )
 _BLOCK = re.compile(r"(<!-- begin: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 _WIDTH = 120

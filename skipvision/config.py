@@ -15,6 +15,7 @@ ConfigType = TypeVar("ConfigType")
 
 Selector = Literal["cls_attention", "random", "uniform"]
 Visibility = Literal["image", "all"]
+Activation = Literal["gelu", "quick_gelu"]
 
 
 class ConfigError(ValueError):
@@ -59,11 +60,18 @@ class VisionConfig:
     """Layer (1-based) whose CLS attention ranks the patches."""
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    activation: Activation = "gelu"
+    """`quick_gelu` is OpenAI's, x * sigmoid(1.702 x)."""
+    embedding_norm: bool = False
+    """A LayerNorm in front of the first layer, as CLIP has."""
+    feature_norm: bool = True
+    """Normalise what is handed to the projector, over the channels of each layer that is read; LLaVA does not."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "vision.", feature_layers=0, image_mean=-math.inf)
         require(self.image_size % self.patch_size == 0, "vision.patch_size must divide vision.image_size")
         require(self.hidden_size % self.num_heads == 0, "vision.num_heads must divide vision.hidden_size")
+        require(self.activation in ("gelu", "quick_gelu"), f"vision.activation: unknown {self.activation!r}")
         require(bool(self.feature_layers), "vision.feature_layers must name at least one layer")
         require(
             max(self.feature_layers) <= self.num_layers,

@@ -23,6 +23,7 @@ _VISION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "image_size": 224,
         "patch_size": 32,
         "layer_norm_eps": 1e-5,
+        "hidden_act": "quick_gelu",
     },
 }
 _TEXT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -56,9 +57,14 @@ class Family:
     name: str
     has_tiles: bool
     """Whether a picture is also seen in tiles, each row of which ends with a learned embedding."""
+    is_computed: bool
+    """Whether published.py loads its models; or else only their sizes are known."""
 
 
-FAMILIES: Mapping[str, Family] = {"llava": Family("LLaVA-1.5", False), "llava_next": Family("LLaVA-NeXT", True)}
+FAMILIES: Mapping[str, Family] = {
+    "llava": Family("LLaVA-1.5", has_tiles=False, is_computed=True),
+    "llava_next": Family("LLaVA-NeXT", has_tiles=True, is_computed=False),
+}
 """By `model_type`."""
 
 
@@ -106,6 +112,9 @@ def parse_model(data: Mapping[str, Any]) -> KnownModel:
         raise ConfigError(f"unknown family model_type={kind!r}; known: {known}")
     vision_data = _completed(data, "vision_config", _VISION_DEFAULTS)
     text_data = _completed(data, "text_config", _TEXT_DEFAULTS)
+    _same("projector_hidden_act", data.get("projector_hidden_act"), "gelu")
+    _same("multimodal_projector_bias", data.get("multimodal_projector_bias"), True)
+    _same("vision_feature_select_strategy", data.get("vision_feature_select_strategy"), "default")
     text = _text(text_data)
     config = ModelConfig(
         vision=_vision(vision_data, data.get("vision_feature_layer", -2)),
@@ -116,6 +125,11 @@ def parse_model(data: Mapping[str, Any]) -> KnownModel:
     )
     pinpoints = data.get("image_grid_pinpoints", _PINPOINTS) if family.has_tiles else ()
     return KnownModel(family, config, tuple((int(height), int(width)) for height, width in pinpoints))
+
+
+def _same(where: str, value: Any, known: Any) -> None:
+    """Raises ConfigError for a value other than the one that is computed here; None is that one."""
+    require(value is None or value == known, f"{where}: {value!r} is not computed here, only {known!r}")
 
 
 def _completed(data: Mapping[str, Any], part: str, defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -129,6 +143,7 @@ def _completed(data: Mapping[str, Any], part: str, defaults: Mapping[str, Mappin
 
 def _vision(data: Mapping[str, Any], feature_layer: Any) -> VisionConfig:
     layers = data["num_hidden_layers"]
+    _same("vision_config.hidden_act", data["hidden_act"], "quick_gelu")
     require(type(feature_layer) is int, f"vision_feature_layer: expected one layer, got {feature_layer!r}")
     # Negative ones count the embedding among the hidden states.
     layer = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
@@ -144,12 +159,19 @@ def _vision(data: Mapping[str, Any], feature_layer: Any) -> VisionConfig:
         select_layer=layer,
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
+        activation="quick_gelu",
+        embedding_norm=True,
+        feature_norm=False,
     )
 
 
 def _text(data: Mapping[str, Any]) -> TextConfig:
     heads = data["num_attention_heads"]
-    rope = data.get("rope_parameters") or {}
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    _same("text_config.hidden_act", data.get("hidden_act"), "silu")
+    _same("text_config.rope_parameters.rope_type", rope.get("rope_type", rope.get("type")), "default")
+    for bias in ("attention_bias", "mlp_bias"):
+        _same(f"text_config.{bias}", data.get(bias), False)
     return TextConfig(
         vocab_size=data["vocab_size"],
         hidden_size=data["hidden_size"],

@@ -20,7 +20,7 @@ class VisionOutput(NamedTuple):
     """What the encoder knows of each patch, in raster order."""
 
     features: Tensor
-    """[I, P, F], the chosen hidden states side by side, each normalised over its own D channels."""
+    """[I, P, F], the chosen hidden states side by side, each normalised over its own D channels where that is asked."""
     cls_attention: Tensor
     """[I, P], attention of CLS to each patch in the select layer, summed over heads."""
 
@@ -35,6 +35,7 @@ class VisionBlock(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.activation = config.activation
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
@@ -49,7 +50,9 @@ class VisionBlock(nn.Module):
         """`hidden` [I, 1+P, D] with what `heads` made of it."""
         mixed = F.scaled_dot_product_attention(query, key, value)
         hidden = hidden + self.out(mixed.transpose(1, 2).flatten(2))
-        output: Tensor = hidden + self.fc2(F.gelu(self.fc1(self.norm2(hidden))))
+        grown = self.fc1(self.norm2(hidden))
+        grown = F.gelu(grown) if self.activation == "gelu" else grown * torch.sigmoid(1.702 * grown)
+        output: Tensor = hidden + self.fc2(grown)
         return output
 
 
@@ -69,6 +72,7 @@ class VisionEncoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(config.hidden_size))
         self.position = nn.Parameter(torch.zeros(1 + config.num_patches, config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.embedding_norm else None
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
 
     def forward(self, pixels: Tensor) -> VisionOutput:
@@ -77,6 +81,8 @@ class VisionEncoder(nn.Module):
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         cls_row = self.cls_token.expand(patches.shape[0], 1, -1)
         hidden = torch.cat([cls_row, patches], 1) + self.position
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         features = {0: hidden}
         cls_attention = hidden.new_zeros(0)
         blocks = islice(cast("Iterable[VisionBlock]", self.blocks), config.num_layers_run)
@@ -86,5 +92,7 @@ class VisionEncoder(nn.Module):
                 cls_attention = _cls_attention(query, key)
             hidden = block(hidden, query, key, value)
             features[number] = hidden
-        chosen = [F.layer_norm(features[layer][:, 1:], (config.hidden_size,)) for layer in config.feature_layers]
+        chosen = [features[layer][:, 1:] for layer in config.feature_layers]
+        if config.feature_norm:
+            chosen = [F.layer_norm(each, (config.hidden_size,)) for each in chosen]
         return VisionOutput(torch.cat(chosen, -1), cls_attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +51,21 @@ class Source:
 def read_source(folder: Path) -> Source:
     """Raises SourceError, or CheckpointError or BundleError for what is no checkpoint and no bundle."""
     if not (folder / MANIFEST_FILE).is_file():
+        _refuse_published(folder / "config.json")
         model = load_checkpoint(folder)
         return Source(model, _read(folder / TOKENIZER_FILE), _read(folder / "chat_template.jinja"), None)
     manifest = load_manifest(folder)
     return Source(restore_model(folder, manifest), _read(folder / TOKENIZER_FILE), manifest.chat.template, manifest)
+
+
+def _refuse_published(config: Path) -> None:
+    """Raises SourceError for a model that was published for transformers."""
+    with suppress(OSError, UnicodeDecodeError):
+        if '"model_type"' in config.read_text(encoding="utf-8"):
+            raise SourceError(
+                f"{config.parent} is a model published for transformers, which cannot be exported yet; `svcli cost`"
+                " shows what skipping would save on it"
+            )
 
 
 def _read(path: Path) -> str:

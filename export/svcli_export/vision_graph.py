@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 
-from skipvision.config import ModelConfig, SkipConfig
+from skipvision.config import Activation, ModelConfig, SkipConfig
 from skipvision.select import patch_scores, split_patches
 from svcli_export.builder import GraphBuilder
 from svcli_export.contract import Contract
@@ -37,6 +37,8 @@ def _encoder(g: GraphBuilder, config: ModelConfig) -> tuple[str, str]:
     cls_attention = ""
     with g.scope("vision"):
         hidden = _embed(g, config)
+        if vision.embedding_norm:
+            hidden = _layer_norm(g, hidden, "vision.norm", vision.layer_norm_eps)
         features = {0: hidden}
         for layer in range(num_blocks_read(config)):
             with g.scope(f"blocks.{layer}"):
@@ -50,22 +52,23 @@ def _encoder(g: GraphBuilder, config: ModelConfig) -> tuple[str, str]:
                 mixed = g.op("Attention", query, key, value, name="attention", **heads)
                 hidden = g.op("Add", hidden, g.linear(mixed, f"{block}.out"), name="after_attention")
                 normed = _layer_norm(g, hidden, f"{block}.norm2", vision.layer_norm_eps)
-                grown = g.op("Gelu", g.linear(normed, f"{block}.fc1"), name="gelu")
+                grown = _activated(g, g.linear(normed, f"{block}.fc1"), vision.activation)
                 hidden = g.op("Add", hidden, g.linear(grown, f"{block}.fc2"), name="after_mlp")
             features[layer + 1] = hidden
-        ones = g.constant(np.ones(vision.hidden_size, g.dtype), "ones")
-        chosen = [
-            g.op(
-                "LayerNormalization",
-                g.rows(features[layer], 1, name=f"patches_{layer}"),
-                ones,
-                name=f"features_{layer}",
-                axis=-1,
-                epsilon=_FEATURE_EPSILON,
-            )
-            for layer in vision.feature_layers
-        ]
+        chosen = [g.rows(features[layer], 1, name=f"patches_{layer}") for layer in vision.feature_layers]
+        if vision.feature_norm:
+            ones = g.constant(np.ones(vision.hidden_size, g.dtype), "ones")
+            norm = {"axis": -1, "epsilon": _FEATURE_EPSILON}
+            pairs = zip(chosen, vision.feature_layers, strict=True)
+            chosen = [g.op("LayerNormalization", each, ones, name=f"features_{n}", **norm) for each, n in pairs]
         return g.op("Concat", *chosen, name="features", axis=-1), cls_attention
+
+
+def _activated(g: GraphBuilder, hidden: str, activation: Activation) -> str:
+    if activation == "gelu":
+        return g.op("Gelu", hidden, name="gelu")
+    steepness = g.constant(np.array(1.702, g.dtype), "steepness")
+    return g.op("Mul", hidden, g.op("Sigmoid", g.op("Mul", hidden, steepness), name="gate"), name="quick_gelu")
 
 
 def _embed(g: GraphBuilder, config: ModelConfig) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from skipvision.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 UNMEASURED = {"kernels", "gpu", "gpu_engine"}
 """Blocks that may say so. By hand, so that a result which is lost, or measured at last, is noticed."""
-SCRIPTS = ("accuracy", "gpu_check", "gpu_engine", "gpu_speed", "speed", "tables", "training_time", "twins")
+SCRIPTS = ("accuracy", "gpu_check", "gpu_engine", "gpu_speed", "loading", "speed", "tables", "training_time", "twins")
 
 
 def test_every_figure_in_the_documents_is_the_one_that_was_measured() -> None:
@@ -31,6 +32,7 @@ def test_only_what_is_listed_is_not_measured() -> None:
     ("document", "blocks"),
     [
         ("README.md", {"accuracy", "twins", "speed", "start"}),
+        ("docs/models.md", {"families", "loading"}),
         (
             "models/skipvision-tiny/README.md",
             {"model", "vocabulary", "accuracy", "twins", "selection", "speed", "training"},
@@ -68,3 +70,8 @@ def test_every_script_says_how_it_is_used(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+def test_every_preset_is_named_where_models_are() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in PRESETS)

@@ -90,3 +90,9 @@ def test_a_plain_bundle_cannot_skip_and_a_damaged_one_is_not_read(checkpoint: Pa
     (plain / "weights.safetensors").write_bytes(b"cut")
     with pytest.raises(BundleError, match=r"weights\.safetensors has 3 bytes"):
         export_bundle(plain, tmp_path / "other")
+
+
+def test_a_model_for_transformers_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(SourceError, match="published for transformers, which cannot be exported yet; `svcli cost`"):
+        export_bundle(tmp_path, tmp_path / "other")

@@ -1,0 +1,148 @@
+"""Checkpoints as the authors of LLaVA publish them: config.json of a known family, and safetensors, sharded or not.
+
+Weights are mapped from the file and used as they are: where the dtype is the one asked for, none of the decoder is
+copied. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from skipvision.checkpoint import CheckpointError, NoCheckpointError
+from skipvision.config import ConfigError
+from skipvision.families import KnownModel, read_model
+from skipvision.model import SkipVisionModel
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_TOWER, _PROJECTOR = r"(?:model\.)?vision_tower\.(?:vision_model\.)?", r"(?:model\.)?multi_modal_projector\."
+_TEXT, _HEAD = r"(?:language_model\.model|model\.language_model)\.", r"(?:language_model\.)?lm_head\."
+_LAYER = r"layers\.(\d+)\."
+_NAMES: tuple[tuple[str, str], ...] = (
+    (_TOWER + r"embeddings\.class_embedding", "vision.cls_token"),
+    (_TOWER + r"embeddings\.patch_embedding\.weight", "vision.patch_embed.weight"),
+    (_TOWER + r"embeddings\.position_embedding\.weight", "vision.position"),
+    (_TOWER + r"pre_layrnorm\.(weight|bias)", r"vision.norm.\1"),
+    (_TOWER + rf"encoder\.{_LAYER}self_attn\.([qkv])_proj\.(weight|bias)", r"vision.blocks.\1.qkv.\3/\2"),
+    (_TOWER + rf"encoder\.{_LAYER}self_attn\.out_proj\.(weight|bias)", r"vision.blocks.\1.out.\2"),
+    (_TOWER + rf"encoder\.{_LAYER}layer_norm([12])\.(weight|bias)", r"vision.blocks.\1.norm\2.\3"),
+    (_TOWER + rf"encoder\.{_LAYER}mlp\.(fc[12])\.(weight|bias)", r"vision.blocks.\1.\2.\3"),
+    (_PROJECTOR + r"linear_([12])\.(weight|bias)", r"projector.fc\1.\2"),
+    (_TEXT + r"embed_tokens\.weight", "decoder.embed.weight"),
+    (_TEXT + r"norm\.weight", "decoder.norm.weight"),
+    (_TEXT + _LAYER + r"input_layernorm\.weight", r"decoder.layers.\1.norm1.weight"),
+    (_TEXT + _LAYER + r"post_attention_layernorm\.weight", r"decoder.layers.\1.norm2.weight"),
+    (_TEXT + _LAYER + r"self_attn\.([qkvo])_proj\.weight", r"decoder.layers.\1.attention.\2.weight"),
+    (_TEXT + _LAYER + r"mlp\.(gate|up|down)_proj\.weight", r"decoder.layers.\1.ffn.\2.weight"),
+    (_HEAD + "weight", "decoder.head.weight"),
+)
+"""Theirs, in the spellings of several versions of transformers, to ours. `/q` is a part of one of ours."""
+_UNREAD = re.compile(rf"{_TOWER}(?:post_layernorm\.\w+|embeddings\.position_ids)|.*\.rotary_emb\.inv_freq")
+
+
+def load_published(directory: Path, dtype: torch.dtype = torch.float32) -> SkipVisionModel:
+    """The plain model in `dtype`, in eval mode, on the CPU.
+
+    Raises CheckpointError for a folder without safetensors, a shard that is missing or cut, weights that do not fit
+    config.json; ConfigError for a family that is not computed here.
+    """
+    known = _known(directory)
+    with torch.device("meta"):
+        model = SkipVisionModel(known.config)
+    tensors = _ours(directory, dtype)
+    # The tower's patches have no bias.
+    tensors["vision.patch_embed.bias"] = torch.zeros(known.config.vision.hidden_size, dtype=dtype)
+    if known.config.text.tie_embeddings and "decoder.embed.weight" in tensors:
+        tensors["decoder.head.weight"] = tensors["decoder.embed.weight"]
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(f"{directory}: the weights do not fit config.json: {first}") from None
+    if known.config.text.tie_embeddings:
+        model.decoder.head.weight = model.decoder.embed.weight
+    return model.eval().requires_grad_(False)
+
+
+def _known(directory: Path) -> KnownModel:
+    if not directory.is_dir():
+        raise NoCheckpointError(f"{directory}: no such checkpoint folder")
+    path = directory / "config.json"
+    try:
+        known = read_model(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NoCheckpointError(f"{directory}: config.json is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error})") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not known.family.is_computed:
+        raise ConfigError(f"{path}: {known.family.name} is not computed here yet, only its sizes are known")
+    return known
+
+
+def _ours(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor under our name. Query, key and value of the tower become one."""
+    found: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for theirs, tensor in _stored(directory):
+        name = _renamed(theirs)
+        if name is None:
+            raise CheckpointError(f"{directory}: unknown weight {theirs}")
+        whole, _, part = name.partition("/")
+        if part:
+            parts.setdefault(whole, {})[part] = tensor.to(dtype)
+        elif whole:
+            found[whole] = tensor.to(dtype)
+    for whole, given in parts.items():
+        if given.keys() == {"q", "k", "v"}:
+            found[whole] = torch.cat([given["q"], given["k"], given["v"]])
+    return found
+
+
+def _renamed(theirs: str) -> str | None:
+    """Our name, "" for what nothing reads, None for what is unknown."""
+    if _UNREAD.fullmatch(theirs):
+        return ""
+    for pattern, ours in _NAMES:
+        if match := re.fullmatch(pattern, theirs):
+            return match.expand(ours)
+    return None
+
+
+def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in _files(directory):
+        path = directory / file
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  it is no mapping
+                    yield name, tensors.get_tensor(name)
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory}: {file} is missing; download it again") from None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: unreadable ({error}); download it again") from None
+
+
+def _files(directory: Path) -> list[str]:
+    """Names of the safetensors files, one or the shards of an index."""
+    index = directory / _INDEX
+    if not index.is_file():
+        if not (directory / _SINGLE).is_file() and any(directory.glob("*.bin")):
+            raise CheckpointError(
+                f"{directory}: its weights are pickles, which are not read; get the model as safetensors, or save it"
+                " again with transformers"
+            )
+        return [_SINGLE]
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: unreadable ({error!r}); download it again") from None
+    if unlike := [file for file in files if not isinstance(file, str) or Path(file).name != file]:
+        raise CheckpointError(f"{index}: {unlike[0]!r} is no file beside it")
+    return sorted(files)
