@@ -33,8 +33,8 @@ class Written:
     graphs: dict[str, onnx.ModelProto]
 
 
-def write(folder: Path, skip: str, precision: Precision, *, tied: bool = True) -> Written:
-    model = tiny_model(SKIP_SETTINGS[skip], tied=tied)
+def write(folder: Path, skip: str, precision: Precision, *, tied: bool = True, clip: bool = False) -> Written:
+    model = tiny_model(SKIP_SETTINGS[skip], tied=tied, clip=clip)
     contract = build_contract(model.config, 64, 2, precision)
     weights = WeightFile.write(stored_tensors(model, contract), folder / WEIGHTS_FILE)
     graphs: dict[str, onnx.ModelProto] = {}
@@ -70,6 +70,17 @@ def test_untied_head_is_exported(tmp_path: Path, precision: Precision) -> None:
     # All patches retained: in a model this small, int8 rounding turns which rows merge, and no head has a part in that.
     written = write(tmp_path, "all-retained", precision, tied=False)
     assert "decoder.head.weight.T" in written.weights.names
+    check = verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1)
+    assert violations(check, precision) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("skip", ["skip", "plain"])
+def test_a_tower_as_llava_has_it_is_exported(tmp_path: Path, skip: str, precision: Precision) -> None:
+    written = write(tmp_path, skip, precision, clip=True)
+    assert {"vision.norm.weight", "vision.norm.bias"} <= written.weights.names
+    ops = {node.op_type for node in written.graphs["vision"].graph.node}
+    assert "Sigmoid" in ops
     check = verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1)
     assert violations(check, precision) == []
 

@@ -17,16 +17,19 @@ from svcli_export.restore import original_model, restore_model
 from tests.export.tiny import SKIP_SETTINGS, tiny_checkpoint
 
 
-def exported(folder: Path, precision: Precision, skip: SkipConfig | None, *, tied: bool = True) -> tuple[Path, Path]:
-    checkpoint = tiny_checkpoint(folder / "checkpoint", skip, tied=tied)
+def exported(
+    folder: Path, precision: Precision, skip: SkipConfig | None, *, tied: bool = True, clip: bool = False
+) -> tuple[Path, Path]:
+    checkpoint = tiny_checkpoint(folder / "checkpoint", skip, tied=tied, clip=clip)
     export_bundle(checkpoint, folder / "bundle", precision=precision, max_context=96)
     return checkpoint, folder / "bundle"
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("skip", ["skip", "uniform", "plain"])
-def test_fp32_comes_back_bit_by_bit(tmp_path: Path, skip: str, tied: bool) -> None:
-    checkpoint, bundle = exported(tmp_path, "fp32", SKIP_SETTINGS[skip], tied=tied)
+def test_fp32_comes_back_bit_by_bit(tmp_path: Path, skip: str, tied: bool, clip: bool) -> None:
+    checkpoint, bundle = exported(tmp_path, "fp32", SKIP_SETTINGS[skip], tied=tied, clip=clip)
     manifest = load_manifest(bundle)
     restored, original = restore_model(bundle, manifest), load_checkpoint(checkpoint)
     assert restored.config == original.config

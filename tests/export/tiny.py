@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ SKIP_SETTINGS: dict[str, SkipConfig | None] = {
 }
 
 
-def tiny_config(skip: SkipConfig | None = SKIP, *, tied: bool = True) -> ModelConfig:
+def tiny_config(skip: SkipConfig | None = SKIP, *, tied: bool = True, clip: bool = False) -> ModelConfig:
+    """`clip`: with a tower and a projector as LLaVA-1.5 has them."""
     vision = VisionConfig(
         image_size=IMAGE_SIZE,
         patch_size=7,
@@ -49,13 +51,16 @@ def tiny_config(skip: SkipConfig | None = SKIP, *, tied: bool = True) -> ModelCo
         head_dim=8,
         tie_embeddings=tied,
     )
-    return ModelConfig(vision, text, skip)
+    if not clip:
+        return ModelConfig(vision, text, skip)
+    tower = replace(vision, activation="quick_gelu", embedding_norm=True, feature_norm=False, feature_layers=(2,))
+    return ModelConfig(tower, text, skip, projector_size=32, projector_norm=False, projector_position=False)
 
 
-def tiny_model(skip: SkipConfig | None = SKIP, *, tied: bool = True) -> SkipVisionModel:
+def tiny_model(skip: SkipConfig | None = SKIP, *, tied: bool = True, clip: bool = False) -> SkipVisionModel:
     """Random, but with norms, biases and positions that are not 0 or 1, so that a lost one shows."""
     generator = torch.Generator().manual_seed(0)
-    model = SkipVisionModel(tiny_config(skip, tied=tied)).eval()
+    model = SkipVisionModel(tiny_config(skip, tied=tied, clip=clip)).eval()
 
     def draw(tensor: torch.Tensor, mean: float, std: float) -> None:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
@@ -75,7 +80,7 @@ def tiny_model(skip: SkipConfig | None = SKIP, *, tied: bool = True) -> SkipVisi
     return model
 
 
-def tiny_checkpoint(folder: Path, skip: SkipConfig | None = SKIP, *, tied: bool = True) -> Path:
+def tiny_checkpoint(folder: Path, skip: SkipConfig | None = SKIP, *, tied: bool = True, clip: bool = False) -> Path:
     tokenizer = train_tokenizer(["what is this? a red ball", "how many cats? three"], VOCAB)
-    save_checkpoint(tiny_model(skip, tied=tied), folder, tokenizer.to_str(), CHAT_TEMPLATE)
+    save_checkpoint(tiny_model(skip, tied=tied, clip=clip), folder, tokenizer.to_str(), CHAT_TEMPLATE)
     return folder
