@@ -35,7 +35,7 @@ class Side:
     kv_rows: int
     """Of the picture, after prefill."""
     vision_flops: int | None
-    """From pixels to visual rows; None where a resampler stands between."""
+    """From pixels to visual rows; None where the setting does not fit the tower."""
     visual_flops: int
     """Prefill of the picture's rows alone, without logits: what the paper's shares are counted of."""
     prefill_flops: int
@@ -76,13 +76,18 @@ def estimate(config: ModelConfig, setting: Setting, num_text: int) -> Estimate:
     )
 
 
+def fits_tower(config: ModelConfig, setting: Setting) -> bool:
+    """Whether each patch that the model's own tower sees becomes one of the setting's tokens."""
+    return setting.is_linear and setting.num_views * config.vision.num_patches == setting.num_tokens
+
+
 def _side(config: ModelConfig, setting: Setting, span: ImageSpan, num_text: int, merging: int) -> Side:
     text, layout = config.text, TokenLayout((num_text, span) if num_text else (span,))
     seen = setting.num_views * (encoder_flops(config.vision) + projector_flops(config)) + merging
     return Side(
         rows=span.length,
         kv_rows=span.num_kept,
-        vision_flops=seen if setting.is_linear else None,
+        vision_flops=seen if fits_tower(config, setting) else None,
         visual_flops=decoder_flops(text, TokenLayout((span,))),
         prefill_flops=decoder_flops(text, layout) + head_flops(text),
         decode_flops=decode_flops(text, layout.num_kept),

@@ -174,9 +174,8 @@ def _head(subject: Subject) -> str:
     if subject.known is None:
         return subject.name
     count = subject.known.num_parameters
-    return (
-        f"{subject.name}: {subject.known.family.name}, {count / 1e9:.2f} billion weights, {ui.size(2 * count)} in fp16"
-    )
+    number = f"{count / 1e9:.2f} billion" if count > 10**8 else f"{count:,}"
+    return f"{subject.name}: {subject.known.family.name}, {number} weights, {ui.size(2 * count)} in fp16"
 
 
 def _render_presets(subject: Subject, every: dict[str, Estimate], num_text: int) -> None:
@@ -223,8 +222,8 @@ def _render(subject: Subject, setting: Setting, found: Estimate, num_text: int, 
             rows.append((f"{name}, at best", _milliseconds(plain), _milliseconds(ours), _share(ours, plain), ""))
     ui.table(f"{setting.title}: {split}", ("", "dense", "skipped", "of it", "paper's 8B"), rows)
     notes = []
-    if not setting.is_linear:
-        notes.append("A resampler stands behind the encoder, whose cost is not worked out.")
+    if dense.vision_flops is None:
+        notes.append("The vision tower of this setting is another one; its cost is not worked out.")
     if gpu is not None:
         if found.decoder_bytes + dense.kv_bytes > gpu.memory_bytes:
             notes.append(f"{gpu.title} has {ui.size(gpu.memory_bytes)}: the decoder in fp16 does not fit.")
@@ -246,7 +245,7 @@ def _rows(name: str, dense: int, skipped: int) -> tuple[str, ...]:
 
 
 def _vision(dense: Side, skipped: Side) -> list[tuple[str, ...]]:
-    """One row, or none where a resampler stands between."""
+    """One row, or none where it is not worked out."""
     if dense.vision_flops is None or skipped.vision_flops is None:
         return []
     return [_flops("vision", dense.vision_flops, skipped.vision_flops)]

@@ -76,6 +76,8 @@ def test_five_views_are_encoded_five_times() -> None:
     assert one is not None
     assert five == 5 * one
     assert estimate(config, PRESETS["sv-cos-272"], 0).dense.vision_flops is None
+    # Nor is that of a tower known which sees another number of patches.
+    assert estimate(tiny_config(), PRESETS["sv-llava-100"], 0).dense.vision_flops is None
 
 
 @given(tokens=st.integers(1, 600), data=st.data(), text=st.integers(0, 50))
