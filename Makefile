@@ -1,6 +1,6 @@
 # make demo    ask the bundled model about a picture (light: no torch)
 # make test    everything that must pass before a change lands
-# make gpu-check   the CUDA kernels on a GPU, against PyTorch (needs torch with CUDA, cuda-bindings, NVRTC)
+# make gpu-check   the CUDA kernels and PyTorch's engine on a GPU (docs/plugins.md says what it needs)
 # make format  let ruff rewrite the code
 # make clean   remove what the above have made
 #

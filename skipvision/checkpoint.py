@@ -78,6 +78,11 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> Skip
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(f"{directory}: the weights do not fit config.json: {first}") from None
+        raise CheckpointError(f"{directory}: the weights do not fit config.json: {first_misfit(error)}") from None
     return model.to(dtype).eval()
+
+
+def first_misfit(error: RuntimeError) -> str:
+    """What `load_state_dict` names first of the weights that do not fit."""
+    _, *misfits = str(error).splitlines()
+    return misfits[0].strip() if misfits else str(error)

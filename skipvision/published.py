@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from skipvision.checkpoint import CheckpointError, NoCheckpointError
+from skipvision.checkpoint import CheckpointError, NoCheckpointError, first_misfit
 from skipvision.config import ConfigError
 from skipvision.families import KnownModel, read_model
 from skipvision.model import SkipVisionModel
@@ -63,8 +63,7 @@ def load_published(directory: Path, dtype: torch.dtype = torch.float32) -> SkipV
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(f"{directory}: the weights do not fit config.json: {first}") from None
+        raise CheckpointError(f"{directory}: the weights do not fit config.json: {first_misfit(error)}") from None
     if known.config.text.tie_embeddings:
         model.decoder.head.weight = model.decoder.embed.weight
     return model.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from skipvision.checkpoint import load_checkpoint
+from skipvision.checkpoint import first_misfit, load_checkpoint
 from skipvision.model import SkipVisionModel
 from svcli_export.manifest import BundleError, Manifest
 from svcli_export.quantize import ROPE_COS, ROPE_SIN, SCALE, TRANSPOSED, num_blocks_read
@@ -51,10 +51,8 @@ def restore_model(bundle: Path, manifest: Manifest) -> SkipVisionModel:
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise BundleError(
-            f"{bundle}: its weights do not fit its manifest ({first}); re-export it with `svcli export`"
-        ) from None
+        problem = f"its weights do not fit its manifest ({first_misfit(error)})"
+        raise BundleError(f"{bundle}: {problem}; re-export it with `svcli export`") from None
     if config.text.tie_embeddings:
         model.decoder.head.weight = model.decoder.embed.weight
     return model.eval()

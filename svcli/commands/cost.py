@@ -196,6 +196,12 @@ def _render_presets(subject: Subject, every: dict[str, Estimate], num_text: int)
                 "" if printed is None else f"{printed:.0%}",
             )
         )
+    if subject.known is not None and subject.known.tile_sizes:
+        height, width = max(subject.known.tile_sizes, key=lambda size: size[0] * size[1])
+        count = subject.known.visual_tokens(height, width)
+        ui.show(
+            f"In tiles, a picture of {height} x {width} takes {count:,} rows of the plain model; below is the paper's."
+        )
     behind = f"+ {num_text} of text"
     ui.table("", ("preset", "rows", "KV rows", "KV cache", "prefill FLOPs", behind, "paper's 8B"), rows)
     ui.show("Shares of the plain model's. How the paper counts is not known; --preset NAME shows one in full.")

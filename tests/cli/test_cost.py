@@ -42,6 +42,11 @@ def test_a_known_model_is_shown_with_all_of_the_papers_settings() -> None:
     }
 
 
+def test_rows_of_tiles_are_shown_where_a_family_has_them() -> None:
+    assert "a picture of 672 x 672 takes 2,928 rows" in cost("llama3-llava-next-8b-hf").stdout
+    assert "In tiles" not in cost("llava-1.5-7b-hf").stdout
+
+
 def test_one_setting_is_shown_in_full_with_times_at_best() -> None:
     done = cost("llava-1.5-7b-hf", "--preset", "sv-llava-100", "--gpu", "h200", "--text", "0")
     shown = lines(done)
