@@ -9,13 +9,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 ConfigType = TypeVar("ConfigType")
 
-Selector = Literal["cls_attention", "random", "uniform"]
+Selector = Literal["cls_attention", "received_attention", "thumbnail", "random", "uniform"]
 Visibility = Literal["image", "all"]
-Activation = Literal["gelu", "quick_gelu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+ProjectorKind = Literal["mlp", "linear"]
+
+SELECTORS = get_args(Selector)
+RANKED: tuple[Selector, ...] = ("cls_attention", "received_attention")
+"""Selectors that read the encoder's attention."""
 
 
 class ConfigError(ValueError):
@@ -43,12 +48,12 @@ def require_numbers(config: object, table: str = "", **at_least: float) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A pre-norm ViT with a CLS token, read at a few of its layers."""
+    """A pre-norm ViT, read at a few of its layers."""
 
     image_size: int = 224
     """Side of the square input in pixels."""
     patch_size: int = 14
-    """Side of one patch in pixels; must divide image_size."""
+    """Side of one patch in pixels. What it leaves of the image's right and lower edge is not looked at."""
     hidden_size: int = 384
     intermediate_size: int = 1536
     num_layers: int = 9
@@ -57,27 +62,35 @@ class VisionConfig:
     feature_layers: tuple[int, ...] = (3, 6, 9)
     """Hidden states handed to the projector, side by side; 0 is the embedding, num_layers the output."""
     select_layer: int = 8
-    """Layer (1-based) whose CLS attention ranks the patches."""
+    """Layer (1-based) whose attention ranks the patches."""
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     activation: Activation = "gelu"
-    """`quick_gelu` is OpenAI's, x * sigmoid(1.702 x)."""
+    """`quick_gelu` is OpenAI's, x * sigmoid(1.702 x); `gelu_tanh` the approximation by tanh."""
+    has_cls: bool = True
+    """A CLS token in front of the patches; SigLIP has none."""
     embedding_norm: bool = False
     """A LayerNorm in front of the first layer, as CLIP has."""
+    output_norm: bool = False
+    """A LayerNorm behind the last layer, as SmolVLM reads it; then that layer alone is read."""
     feature_norm: bool = True
     """Normalise what is handed to the projector, over the channels of each layer that is read; LLaVA does not."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "vision.", feature_layers=0, image_mean=-math.inf)
-        require(self.image_size % self.patch_size == 0, "vision.patch_size must divide vision.image_size")
+        require(self.patch_size <= self.image_size, "vision.patch_size must be at most vision.image_size")
         require(self.hidden_size % self.num_heads == 0, "vision.num_heads must divide vision.hidden_size")
-        require(self.activation in ("gelu", "quick_gelu"), f"vision.activation: unknown {self.activation!r}")
+        require(self.activation in get_args(Activation), f"vision.activation: unknown {self.activation!r}")
         require(bool(self.feature_layers), "vision.feature_layers must name at least one layer")
         require(
             max(self.feature_layers) <= self.num_layers,
             f"vision.feature_layers must lie between 0 and {self.num_layers}",
         )
         require(self.select_layer <= self.num_layers, f"vision.select_layer must lie between 1 and {self.num_layers}")
+        last_alone = self.feature_layers == (self.num_layers,)
+        require(
+            last_alone or not self.output_norm, "vision.output_norm asks for the last layer as the one that is read"
+        )
 
     @property
     def grid(self) -> int:
@@ -87,6 +100,11 @@ class VisionConfig:
     @property
     def num_patches(self) -> int:
         return self.grid**2
+
+    @property
+    def num_rows(self) -> int:
+        """What attends in the encoder: patches, and CLS where there is one."""
+        return self.num_patches + int(self.has_cls)
 
     @property
     def num_layers_run(self) -> int:
@@ -114,7 +132,7 @@ class SkipConfig:
 
     def __post_init__(self) -> None:
         require_numbers(self, "skip.", num_skipped=0)
-        require(self.selector in ("cls_attention", "random", "uniform"), f"skip.selector: unknown {self.selector!r}")
+        require(self.selector in SELECTORS, f"skip.selector: unknown {self.selector!r}")
         require(self.visibility in ("image", "all"), f"skip.visibility: unknown {self.visibility!r}")
 
 
@@ -132,11 +150,40 @@ class TextConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    qkv_bias: bool = False
+    """Biases of query, key and value, as Qwen2 has them."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "text.")
         require(self.num_heads % self.num_kv_heads == 0, "text.num_kv_heads must divide text.num_heads")
         require(self.head_dim % 2 == 0, "text.head_dim must be even (RoPE)")
+
+
+@dataclass(frozen=True)
+class TilesConfig:
+    """Pictures are seen as a thumbnail and in tiles, each as large as the encoder's input."""
+
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Heights and widths of the mosaics of tiles that a picture is fitted into, in pixels (LLaVA-NeXT). Thumbnail and
+    mosaic are one run of rows: padding is left out, and a learned embedding ends each line of patches."""
+    longest_edge: int = 0
+    """Or else: the side in pixels that a picture is scaled to before it is cut (SmolVLM). Each tile is a run of rows of
+    its own, the thumbnail the last."""
+    max_tiles: int = 0
+    """A mosaic with more tokens than so many tiles have is shrunk to as many (LLaVA-OneVision); 0: none is."""
+    among_others: bool = True
+    """Whether pictures are cut where there are several in a conversation; or else only their thumbnails are seen."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.sizes) != bool(self.longest_edge), "tiles: either sizes or longest_edge")
+        sides = [side for size in self.sizes for side in size]
+        require(all(side > 0 for side in (*sides, self.longest_edge or 1)), "tiles: sides must be positive")
+        require(self.max_tiles >= 0, f"tiles.max_tiles must be at least 0, got {self.max_tiles}")
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether thumbnail and tiles of a picture are one run of rows."""
+        return bool(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -146,6 +193,12 @@ class ModelConfig:
     vision: VisionConfig
     text: TextConfig
     skip: SkipConfig | None = None
+    tiles: TilesConfig | None = None
+    """None: a picture is seen once."""
+    projector: ProjectorKind = "mlp"
+    """`linear` is one matrix without a bias."""
+    pixel_shuffle: int = 1
+    """Side of the squares of patches that the projector takes as one token (SmolVLM)."""
     projector_size: int = 256
     """Hidden width of the projector."""
     projector_convs: int = 0
@@ -160,14 +213,47 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.projector_size >= 1, f"projector_size must be at least 1, got {self.projector_size}")
         require(self.projector_convs >= 0, f"projector_convs must be at least 0, got {self.projector_convs}")
+        side = self.pixel_shuffle
+        require(side >= 1 and self.vision.grid % side == 0, f"pixel_shuffle must divide {self.vision.grid}, got {side}")
+        mlp_alone = self.projector == "mlp" and side == 1
+        require(
+            mlp_alone or not (self.projector_convs or self.projector_position),
+            "projector_convs and projector_position need projector mlp, and pixel_shuffle 1",
+        )
+        tiles = self.tiles
+        whole = all(length % self.vision.image_size == 0 for size in (tiles.sizes if tiles else ()) for length in size)
+        require(whole, f"tiles.sizes must be multiples of vision.image_size {self.vision.image_size}")
         if self.skip is not None:
-            rest = self.vision.num_patches - self.skip.num_retained
-            require(rest >= 0, f"skip.num_retained must be at most {self.vision.num_patches} (the patches of an image)")
-            require(self.skip.num_skipped <= rest, f"skip.num_skipped must be at most {rest} (what is not retained)")
+            self._check_skip(self.skip)
+
+    def _check_skip(self, skip: SkipConfig) -> None:
+        # Of tiles, only the thumbnail is there for sure.
+        rest = self.num_tokens - skip.num_retained
+        require(rest >= 0, f"skip.num_retained must be at most {self.num_tokens} (the tokens of one view)")
+        joined = self.tiles is not None and self.tiles.is_joined
+        if not joined:
+            require(skip.num_skipped <= rest, f"skip.num_skipped must be at most {rest} (what is not retained)")
+        require(
+            self.vision.has_cls or skip.selector != "cls_attention",
+            "skip.selector cls_attention needs an encoder with a CLS token; received_attention does not",
+        )
+        if skip.selector == "thumbnail":
+            require(joined, "skip.selector thumbnail needs tiles that are joined to it")
+            require(not rest, f"skip.selector thumbnail retains {self.num_tokens} tokens, not {skip.num_retained}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens of one view in the plain model."""
+        return self.vision.num_patches // self.pixel_shuffle**2
+
+    @property
+    def projector_input(self) -> int:
+        """Channels of what the projector makes one token of."""
+        return self.vision.feature_size * self.pixel_shuffle**2
 
     @property
     def num_retained(self) -> int:
-        return self.vision.num_patches if self.skip is None else self.skip.num_retained
+        return self.num_tokens if self.skip is None else self.skip.num_retained
 
     @property
     def num_skipped(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision.config import ModelConfig, Visibility
+from skipvision.tiles import Cut, most_tokens, most_views, token_counts
 
 Ints = npt.NDArray[np.int64]
 
@@ -26,7 +27,7 @@ FOREVER = np.iinfo(np.int32).max
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """The rows of one image."""
+    """One run of visual rows: a picture, or one of the views that it is cut into."""
 
     num_retained: int
     num_skipped: int = 0
@@ -50,10 +51,25 @@ class ImageSpan:
         return tuple(kind for kind, count in groups for _ in range(count))
 
     @staticmethod
-    def of(config: ModelConfig) -> ImageSpan:
+    def of(config: ModelConfig, num_tokens: int | None = None) -> ImageSpan:
+        """Of `num_tokens` visual tokens, or else of those of one view."""
+        num_tokens = config.num_tokens if num_tokens is None else num_tokens
         if config.skip is None:
-            return ImageSpan(config.num_retained)
-        return ImageSpan(config.num_retained, config.num_skipped, num_summary=2 if config.num_skipped else 1)
+            return ImageSpan(num_tokens)
+        num_skipped = min(config.skip.num_skipped, num_tokens - config.skip.num_retained)
+        return ImageSpan(config.skip.num_retained, num_skipped, num_summary=2 if num_skipped else 1)
+
+
+def picture_spans(config: ModelConfig, cut: Cut) -> tuple[ImageSpan, ...]:
+    """The runs of rows of one picture, each of which has a placeholder id of its own."""
+    return tuple(ImageSpan.of(config, count) for count in token_counts(config, cut))
+
+
+def largest_spans(config: ModelConfig) -> tuple[ImageSpan, ...]:
+    """Of the picture with the most tokens."""
+    if config.tiles is not None and config.tiles.is_joined:
+        return (ImageSpan.of(config, most_tokens(config)),)
+    return (ImageSpan.of(config),) * most_views(config)
 
 
 Segment = int | ImageSpan
@@ -72,13 +88,21 @@ class TokenLayout:
     visibility: Visibility = "image"
 
     @staticmethod
-    def of(input_ids: Sequence[int], image_token_id: int, config: ModelConfig) -> TokenLayout:
-        """The layout of ids in which each image is one placeholder id."""
-        span = ImageSpan.of(config)
+    def of(
+        input_ids: Sequence[int], image_token_id: int, config: ModelConfig, spans: Sequence[ImageSpan] | None = None
+    ) -> TokenLayout:
+        """The layout of ids in which each run of visual rows is one placeholder id.
+
+        `spans` are those runs in order; or else each is one view. Raises ValueError where there are not as many.
+        """
+        num_spans = sum(token == image_token_id for token in input_ids)
+        taken = iter([ImageSpan.of(config)] * num_spans if spans is None else spans)
+        if spans is not None and len(spans) != num_spans:
+            raise ValueError(f"{num_spans} placeholders for {len(spans)} runs of visual rows")
         segments: list[Segment] = []
         for token in input_ids:
             if token == image_token_id:
-                segments.append(span)
+                segments.append(next(taken))
             elif segments and isinstance(segments[-1], int):
                 segments[-1] += 1
             else:
