@@ -301,9 +301,8 @@ def families() -> str:
     rows = []
     for kind, family in FAMILIES.items():
         named = sum(known.family is family for known in KNOWN_MODELS.values())
-        computed = "in PyTorch" if family.is_computed else "no"
-        rows.append([family.name, f"`{kind}`", f"yes, {named} by name", computed, "no"])
-    return table(["family", "`model_type`", "sizes, `svcli cost`", "computed", "exported"], rows)
+        rows.append([family.name, f"`{kind}`", family.sees, f"{named}"])
+    return table(["family", "`model_type`", "a picture is seen", "known by name"], rows)
 
 
 def loading() -> str:

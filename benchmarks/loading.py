@@ -157,8 +157,8 @@ def main() -> None:
         print(json.dumps(load(options.folder)))
         return
     model = known_model(options.model)
-    if model is None or not model.family.is_computed:
-        parser.error(f"--model {options.model}: no known model that is computed here")
+    if model is None or model.family.tower != ("clip_vision_model",):
+        parser.error(f"--model {options.model}: no known model with a CLIP tower")
     if options.folder.exists():
         parser.error(f"{options.folder} exists; it would be removed at the end")
     results: dict[str, Any] = surroundings(torch.get_num_threads()) | {"model": options.model}

@@ -14,7 +14,7 @@ from skipvision.data.assets import Assets
 from skipvision.data.names import GLYPHS, LABEL_IDS
 from skipvision.data.scenes import render
 from skipvision.feature_cache import to_pixels
-from skipvision.select import patch_scores, split_patches
+from skipvision.select import token_scores, split_tokens
 
 COVERED = 0.2
 """Share of a patch that something must cover for the patch to count; the one from which it gets a label."""
@@ -36,7 +36,7 @@ def measure_selection(checkpoint: Path, assets: Assets, num_pictures: int, threa
         scene = render(assets, seed, "test")
         with torch.no_grad():
             _, attention = model.vision(torch.from_numpy(to_pixels(scene.image, model.config.vision))[None])
-        index, _ = split_patches(patch_scores(skip.selector, attention, skip.num_retained), skip.num_retained)
+        index, _ = split_tokens(token_scores(skip.selector, attention, skip.num_retained), skip.num_retained)
         chosen = np.zeros(model.config.vision.num_patches, np.bool_)
         chosen[index[0].numpy()] = True
         retained.append(chosen)

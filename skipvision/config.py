@@ -152,9 +152,11 @@ class TextConfig:
     tie_embeddings: bool = True
     qkv_bias: bool = False
     """Biases of query, key and value, as Qwen2 has them."""
+    max_positions: int = 0
+    """Rows that the model was made for, or that its window of attention holds; 0: nothing is said."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, "text.")
+        require_numbers(self, "text.", max_positions=0)
         require(self.num_heads % self.num_kv_heads == 0, "text.num_kv_heads must divide text.num_heads")
         require(self.head_dim % 2 == 0, "text.head_dim must be even (RoPE)")
 
@@ -221,6 +223,7 @@ class ModelConfig:
             "projector_convs and projector_position need projector mlp, and pixel_shuffle 1",
         )
         tiles = self.tiles
+        require(tiles is None or not tiles.is_joined or self.pixel_shuffle == 1, "tiles.sizes need pixel_shuffle 1")
         whole = all(length % self.vision.image_size == 0 for size in (tiles.sizes if tiles else ()) for length in size)
         require(whole, f"tiles.sizes must be multiples of vision.image_size {self.vision.image_size}")
         if self.skip is not None:

@@ -43,7 +43,7 @@ def prompt_cost(config: ModelConfig, layout: TokenLayout, bytes_per_element: int
 def dense(config: ModelConfig, layout: TokenLayout) -> tuple[ModelConfig, TokenLayout]:
     """The same model and prompt without Skip-Vision: every patch is retained. `prompt_cost` takes both."""
     plain = replace(config, skip=None)
-    segments = tuple(s if isinstance(s, int) else ImageSpan.of(plain) for s in layout.segments)
+    segments = tuple(s if isinstance(s, int) else ImageSpan.of(plain, s.num_tokens or None) for s in layout.segments)
     return plain, TokenLayout(segments)
 
 
@@ -76,23 +76,25 @@ def kv_bytes(text: TextConfig, rows: int, bytes_per_element: int = 2) -> int:
 
 
 def vision_flops(config: ModelConfig) -> int:
-    """One picture, from pixels to visual rows."""
+    """One view of a picture, from pixels to visual rows."""
     return encoder_flops(config.vision) + projector_flops(config) + split_flops(config)
 
 
 def encoder_flops(vision: VisionConfig) -> int:
-    """The ViT up to the last layer that is read, CLS row included."""
-    width, rows = vision.hidden_size, 1 + vision.num_patches
+    """The ViT up to the last layer that is read, CLS row included where there is one."""
+    width, rows = vision.hidden_size, vision.num_rows
     patch_embedding = 2 * 3 * vision.patch_size**2 * width * vision.num_patches
     block = 8 * width**2 * rows + 4 * width * rows**2 + 4 * width * vision.intermediate_size * rows
     return patch_embedding + vision.num_layers_run * block
 
 
 def projector_flops(config: ModelConfig) -> int:
-    """The two linear layers, and the convolutions as torch counts them: nine products everywhere, padding included."""
+    """The linear layers, and the convolutions as torch counts them: nine products everywhere, padding included."""
+    if config.projector == "linear":
+        return 2 * config.projector_input * config.text.hidden_size * config.num_tokens
     width = config.projector_size
-    inputs = config.vision.feature_size + config.text.hidden_size + 9 * width * config.projector_convs
-    return 2 * inputs * width * config.vision.num_patches
+    inputs = config.projector_input + config.text.hidden_size + 9 * width * config.projector_convs
+    return 2 * inputs * width * config.num_tokens
 
 
 def split_flops(config: ModelConfig) -> int:
@@ -100,8 +102,10 @@ def split_flops(config: ModelConfig) -> int:
     vision, skip = config.vision, config.skip
     if skip is None:
         return 0
-    ranked = 2 * vision.hidden_size * (1 + vision.num_patches) if skip.selector == "cls_attention" else 0
-    return ranked + merge_flops(config.text.hidden_size, vision.num_patches, skip.num_retained, skip.num_skipped)
+    # One row of attention, or all of them: the encoder's own kernel hands none out.
+    rows = {"cls_attention": 1, "received_attention": vision.num_rows}.get(skip.selector, 0)
+    ranked = 2 * vision.hidden_size * rows * vision.num_rows
+    return ranked + merge_flops(config.text.hidden_size, config.num_tokens, skip.num_retained, skip.num_skipped)
 
 
 def merge_flops(width: int, num_tokens: int, num_retained: int, num_skipped: int) -> int:

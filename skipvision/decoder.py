@@ -63,9 +63,9 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
-        self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
-        self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
+        self.q = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
     def project(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

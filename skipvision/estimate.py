@@ -68,7 +68,7 @@ def estimate(config: ModelConfig, setting: Setting, num_text: int) -> Estimate:
     embedding = 0 if text.tie_embeddings else text.vocab_size * text.hidden_size
     merging = merge_flops(text.hidden_size, setting.num_tokens, setting.num_retained, setting.num_skipped)
     if setting.is_ranked:
-        merging += 2 * config.vision.hidden_size * (1 + config.vision.num_patches)
+        merging += 2 * config.vision.hidden_size * config.vision.num_rows
     return Estimate(
         _side(config, setting, setting.plain, num_text, 0),
         _side(config, setting, setting.skipped, num_text, merging),
@@ -78,7 +78,7 @@ def estimate(config: ModelConfig, setting: Setting, num_text: int) -> Estimate:
 
 def fits_tower(config: ModelConfig, setting: Setting) -> bool:
     """Whether each patch that the model's own tower sees becomes one of the setting's tokens."""
-    return setting.is_linear and setting.num_views * config.vision.num_patches == setting.num_tokens
+    return setting.is_linear and setting.num_views * config.num_tokens == setting.num_tokens
 
 
 def _side(config: ModelConfig, setting: Setting, span: ImageSpan, num_text: int, merging: int) -> Side:

@@ -6,14 +6,27 @@ A config.json of the hub leaves out what its family has by default, so the defau
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from skipvision.config import ConfigError, ModelConfig, TextConfig, VisionConfig, require
+from skipvision.config import ConfigError, ModelConfig, TextConfig, TilesConfig, VisionConfig, require
+from skipvision.tiles import cut_picture, token_counts
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
+_SMOLVLM_VISION: Mapping[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 32,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+}
 _VISION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "clip_vision_model": {
         "hidden_size": 768,
@@ -25,6 +38,18 @@ _VISION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_eps": 1e-5,
         "hidden_act": "quick_gelu",
     },
+    "siglip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "smolvlm_vision": _SMOLVLM_VISION,
+    "idefics3_vision": _SMOLVLM_VISION,
 }
 _TEXT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
@@ -43,11 +68,27 @@ _TEXT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-6,
     },
 }
+_POSITIONS: Mapping[str, int] = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768}
+"""max_position_embeddings by default."""
 
-_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_NEXT_SIZES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """Of LLaVA-NeXT, where a config.json names none."""
+_ONEVISION_SIZES = tuple((384 * lines, 384 * columns) for lines in range(1, 7) for columns in range(1, 7))
+_ONEVISION_ASPECT = re.compile(r"anyres_max_(\d+)")
+_SMOLVLM_VIEWS = 4
+"""Tiles along the longest edge, where no preprocessor_config.json says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +96,21 @@ class Family:
     """One line of models."""
 
     name: str
-    has_tiles: bool
-    """Whether a picture is also seen in tiles, each row of which ends with a learned embedding."""
-    is_computed: bool
-    """Whether published.py loads its models; or else only their sizes are known."""
+    tower: tuple[str, ...]
+    """`model_type` of its vision towers."""
+    sees: str
+    """How a picture comes in, for people."""
 
 
+_SMOLVLM = Family("SmolVLM", ("smolvlm_vision", "idefics3_vision"), "in tiles and as a whole, runs of their own")
 FAMILIES: Mapping[str, Family] = {
-    "llava": Family("LLaVA-1.5", has_tiles=False, is_computed=True),
-    "llava_next": Family("LLaVA-NeXT", has_tiles=True, is_computed=False),
+    "llava": Family("LLaVA-1.5", ("clip_vision_model",), "once"),
+    "llava_next": Family("LLaVA-NeXT", ("clip_vision_model",), "as a whole and in tiles, one run"),
+    "llava_onevision": Family("LLaVA-OneVision", ("siglip_vision_model",), "as a whole and in tiles, one run"),
+    "smolvlm": _SMOLVLM,
+    "idefics3": _SMOLVLM,
 }
-"""By `model_type`."""
+"""By `model_type`. The first SmolVLMs were published as idefics3."""
 
 
 @dataclass(frozen=True)
@@ -75,56 +120,109 @@ class KnownModel:
     family: Family
     config: ModelConfig
     """Without skipping."""
-    tile_sizes: tuple[tuple[int, int], ...] = ()
-    """Height and width of the mosaics of tiles that a picture is fitted into; none where there are no tiles."""
 
     @property
     def num_parameters(self) -> int:
         """As the checkpoint has them, with the encoder's last layers that nothing reads."""
-        newline = self.config.text.hidden_size if self.family.has_tiles else 0
-        towers = clip_parameters(self.config.vision) + text_parameters(self.config.text)
+        tiles = self.config.tiles
+        newline = self.config.text.hidden_size if tiles is not None and tiles.is_joined else 0
+        towers = tower_parameters(self.config.vision) + text_parameters(self.config.text)
         return towers + projector_parameters(self.config) + newline
 
     def visual_tokens(self, height: int, width: int) -> int:
         """Rows that a picture of this size takes in the plain model, newline embeddings included."""
-        vision = self.config.vision
-        if not self.tile_sizes:
-            return vision.num_patches
-        return vision.num_patches + _tile_tokens(self.tile_sizes, vision, height, width)
+        return sum(token_counts(self.config, cut_picture(self.config, height, width)))
 
 
-def read_model(text: str) -> KnownModel:
-    """The model of a config.json. Raises ConfigError for what is none, an unknown family, tower or decoder."""
+def read_model(text: str, preprocessor: str | None = None) -> KnownModel:
+    """The model of a config.json, and of the preprocessor_config.json beside it.
+
+    Raises ConfigError for what is none, an unknown family, tower or decoder.
+    """
+    data, processing = (_object(each) if each is not None else {} for each in (text, preprocessor))
+    return parse_model(data, processing)
+
+
+def _object(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"not JSON: {error}") from None
     require(isinstance(data, dict), "not a JSON object")
-    return parse_model(data)
+    return dict(data)
 
 
-def parse_model(data: Mapping[str, Any]) -> KnownModel:
+def parse_model(data: Mapping[str, Any], processing: Mapping[str, Any] | None = None) -> KnownModel:
     """The same, of what was read."""
-    kind = data.get("model_type")
-    family = FAMILIES.get(str(kind))
+    kind = str(data.get("model_type"))
+    family = FAMILIES.get(kind)
     if family is None:
         known = ", ".join(f"{name} ({each.name})" for name, each in FAMILIES.items())
-        raise ConfigError(f"unknown family model_type={kind!r}; known: {known}")
-    vision_data = _completed(data, "vision_config", _VISION_DEFAULTS)
+        raise ConfigError(f"unknown family model_type={data.get('model_type')!r}; known: {known}")
+    vision_data = _completed(data, "vision_config", {name: _VISION_DEFAULTS[name] for name in family.tower})
     text_data = _completed(data, "text_config", _TEXT_DEFAULTS)
+    text_data.setdefault("tie_word_embeddings", data.get("tie_word_embeddings", False))
+    text = _text(text_data)
+    if family is _SMOLVLM:
+        config = _smolvlm(data, vision_data, text, processing or {})
+    else:
+        config = _llava(kind, data, vision_data, text)
+    return KnownModel(family, config)
+
+
+def _llava(kind: str, data: Mapping[str, Any], vision_data: Mapping[str, Any], text: TextConfig) -> ModelConfig:
+    is_onevision = kind == "llava_onevision"
     _same("projector_hidden_act", data.get("projector_hidden_act"), "gelu")
     _same("multimodal_projector_bias", data.get("multimodal_projector_bias"), True)
-    _same("vision_feature_select_strategy", data.get("vision_feature_select_strategy"), "default")
-    text = _text(text_data)
-    config = ModelConfig(
-        vision=_vision(vision_data, data.get("vision_feature_layer", -2)),
+    strategy = "full" if is_onevision else "default"
+    _same("vision_feature_select_strategy", data.get("vision_feature_select_strategy"), strategy)
+    tiles = None
+    if kind == "llava_next":
+        tiles = TilesConfig(_sizes(data, _NEXT_SIZES))
+    elif is_onevision:
+        aspect = str(data.get("vision_aspect_ratio", "anyres_max_9"))
+        most = _ONEVISION_ASPECT.fullmatch(aspect)
+        require(most is not None, f"vision_aspect_ratio: {aspect!r} is not computed here, only anyres_max_N")
+        assert most is not None
+        tiles = TilesConfig(_sizes(data, _ONEVISION_SIZES), max_tiles=int(most[1]), among_others=False)
+    return ModelConfig(
+        vision=_vision(vision_data, data.get("vision_feature_layer", -1 if is_onevision else -2)),
         text=text,
+        tiles=tiles,
         projector_size=text.hidden_size,
         projector_norm=False,
         projector_position=False,
     )
-    pinpoints = data.get("image_grid_pinpoints", _PINPOINTS) if family.has_tiles else ()
-    return KnownModel(family, config, tuple((int(height), int(width)) for height, width in pinpoints))
+
+
+def _sizes(data: Mapping[str, Any], default: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    given = data.get("image_grid_pinpoints")
+    given = default if given is None else given
+    try:
+        return tuple((int(height), int(width)) for height, width in given)
+    except (TypeError, ValueError):
+        raise ConfigError(f"image_grid_pinpoints: expected pairs of height and width, got {given!r}") from None
+
+
+def _smolvlm(
+    data: Mapping[str, Any], vision_data: Mapping[str, Any], text: TextConfig, processing: Mapping[str, Any]
+) -> ModelConfig:
+    vision = _vision(vision_data, -1)
+    processing = processing.get("image_processor", processing)  # as processor_config.json nests it
+    tile = processing.get("max_image_size", {}).get("longest_edge", vision.image_size)
+    _same("max_image_size.longest_edge", tile, vision.image_size)
+    longest = processing.get("size", {}).get("longest_edge", _SMOLVLM_VIEWS * vision.image_size)
+    require(type(longest) is int and longest > 0, f"size.longest_edge: expected a number of pixels, got {longest!r}")
+    is_cut = processing.get("do_image_splitting", True)
+    return ModelConfig(
+        vision=vision,
+        text=text,
+        tiles=TilesConfig(longest_edge=longest) if is_cut else None,
+        projector="linear",
+        pixel_shuffle=data.get("scale_factor", 2),
+        projector_norm=False,
+        projector_position=False,
+    )
 
 
 def _same(where: str, value: Any, known: Any) -> None:
@@ -143,7 +241,8 @@ def _completed(data: Mapping[str, Any], part: str, defaults: Mapping[str, Mappin
 
 def _vision(data: Mapping[str, Any], feature_layer: Any) -> VisionConfig:
     layers = data["num_hidden_layers"]
-    _same("vision_config.hidden_act", data["hidden_act"], "quick_gelu")
+    is_clip = data["model_type"] == "clip_vision_model"
+    _same("vision_config.hidden_act", data["hidden_act"], "quick_gelu" if is_clip else "gelu_pytorch_tanh")
     require(type(feature_layer) is int, f"vision_feature_layer: expected one layer, got {feature_layer!r}")
     # Negative ones count the embedding among the hidden states.
     layer = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
@@ -157,10 +256,12 @@ def _vision(data: Mapping[str, Any], feature_layer: Any) -> VisionConfig:
         layer_norm_eps=data["layer_norm_eps"],
         feature_layers=(layer,),
         select_layer=layer,
-        image_mean=CLIP_MEAN,
-        image_std=CLIP_STD,
-        activation="quick_gelu",
-        embedding_norm=True,
+        image_mean=CLIP_MEAN if is_clip else SIGLIP_MEAN,
+        image_std=CLIP_STD if is_clip else SIGLIP_STD,
+        activation="quick_gelu" if is_clip else "gelu_tanh",
+        has_cls=is_clip,
+        embedding_norm=is_clip,
+        output_norm=data["model_type"] in _SMOLVLM.tower,
         feature_norm=False,
     )
 
@@ -172,6 +273,9 @@ def _text(data: Mapping[str, Any]) -> TextConfig:
     _same("text_config.rope_parameters.rope_type", rope.get("rope_type", rope.get("type")), "default")
     for bias in ("attention_bias", "mlp_bias"):
         _same(f"text_config.{bias}", data.get(bias), False)
+    kind = data["model_type"]
+    windowed = kind == "mistral" or bool(data.get("use_sliding_window"))
+    limits = [data.get("max_position_embeddings", _POSITIONS[kind]), data.get("sliding_window") if windowed else None]
     return TextConfig(
         vocab_size=data["vocab_size"],
         hidden_size=data["hidden_size"],
@@ -183,46 +287,35 @@ def _text(data: Mapping[str, Any]) -> TextConfig:
         rope_theta=float(data.get("rope_theta") or rope.get("rope_theta") or 10000.0),
         rms_norm_eps=data["rms_norm_eps"],
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2",
+        max_positions=min(limit for limit in limits if limit is not None),
     )
 
 
-def clip_parameters(vision: VisionConfig) -> int:
-    """Of a CLIP tower: patch embedding, CLS, positions, a norm before and behind, and its layers."""
+def tower_parameters(vision: VisionConfig) -> int:
+    """Of the encoder: patch embedding, with CLS (CLIP) or a bias (SigLIP), positions, layers, and the norm behind them,
+    which is there even where nothing reads it."""
     width, wide = vision.hidden_size, vision.intermediate_size
     attention, ffn, norms = 4 * (width + 1) * width, (width + 1) * wide + (wide + 1) * width, 4 * width
-    embedding = 3 * vision.patch_size**2 * width + width + (vision.num_patches + 1) * width
-    return embedding + 4 * width + vision.num_layers * (attention + ffn + norms)
+    embedding = 3 * vision.patch_size**2 * width + width + vision.num_rows * width
+    outer_norms = (2 if vision.embedding_norm else 1) * 2 * width
+    return embedding + outer_norms + vision.num_layers * (attention + ffn + norms)
 
 
 def projector_parameters(config: ModelConfig) -> int:
-    """Of LLaVA's two linear layers."""
+    """Of LLaVA's two linear layers, or SmolVLM's matrix."""
+    if config.projector == "linear":
+        return config.projector_input * config.text.hidden_size
     width = config.projector_size
-    return (config.vision.feature_size + 1) * width + (width + 1) * config.text.hidden_size
+    return (config.projector_input + 1) * width + (width + 1) * config.text.hidden_size
 
 
 def text_parameters(text: TextConfig) -> int:
     """Of a Llama-type decoder, with its embedding and its head."""
     width, query, key = text.hidden_size, text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     layer = 2 * width * (query + key) + 3 * width * text.intermediate_size + 2 * width
+    layer += query + 2 * key if text.qkv_bias else 0
     return text.num_layers * layer + width + text.vocab_size * width * (1 if text.tie_embeddings else 2)
-
-
-def _tile_tokens(sizes: tuple[tuple[int, int], ...], vision: VisionConfig, height: int, width: int) -> int:
-    """Rows of the mosaic that fits a picture best, without those that show padding; one more for each line's end."""
-    best = max(sizes, key=lambda size: _fit(size, height, width))
-    lines, columns = (side // vision.image_size * vision.grid for side in best)
-    if width / height > columns / lines:
-        lines -= (lines - int(round(height * (columns / width), 7))) // 2 * 2
-    else:
-        columns -= (columns - int(round(width * (lines / height), 7))) // 2 * 2
-    return lines * columns + lines
-
-
-def _fit(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """How much of a picture is left in a mosaic, and, the less the better, how much of that is padding."""
-    scale = min(size[1] / width, size[0] / height)
-    shown = min(int(width * scale) * int(height * scale), width * height)
-    return shown, shown - size[0] * size[1]
 
 
 _CLIP_L_336: Mapping[str, Any] = {
@@ -252,22 +345,91 @@ _LLAMA_3_8B: Mapping[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 _VICUNA_7B: Mapping[str, Any] = {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5}
+_MISTRAL_7B: Mapping[str, Any] = {
+    "model_type": "mistral",
+    "vocab_size": 32064,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "max_position_embeddings": 32768,
+}
+_SIGLIP_SO400M_384: Mapping[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+_QWEN2_05B: Mapping[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 152000,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+_QWEN2_7B: Mapping[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 152128,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_theta": 1e6,
+}
+_SIGLIP_BASE_512: Mapping[str, Any] = {
+    "model_type": "idefics3_vision",
+    "hidden_size": 768,
+    "image_size": 512,
+    "patch_size": 16,
+    "num_attention_heads": 12,
+}
+_SMOLLM2_135M: Mapping[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 49280,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rope_theta": 1e5,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+}
+_SMOLLM2_360M: Mapping[str, Any] = {
+    **_SMOLLM2_135M,
+    "hidden_size": 960,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+}
 
 
-def _model(kind: str, text: Mapping[str, Any]) -> KnownModel:
-    return parse_model({"model_type": kind, "vision_config": dict(_CLIP_L_336), "text_config": dict(text)})
+def _model(kind: str, text: Mapping[str, Any], vision: Mapping[str, Any] = _CLIP_L_336, **more: Any) -> KnownModel:
+    return parse_model({"model_type": kind, "vision_config": dict(vision), "text_config": dict(text), **more})
 
 
+_LLAMA_3 = {**_LLAMA_3_8B, "max_position_embeddings": 8192}
+_LLAMA_2 = {"max_position_embeddings": 4096}
 KNOWN_MODELS: Mapping[str, KnownModel] = {
-    "llava-llama-3-8b": _model("llava", _LLAMA_3_8B),
-    "llava-hf/llava-1.5-7b-hf": _model("llava", _VICUNA_7B),
-    "llava-hf/llava-1.5-13b-hf": _model("llava", _VICUNA_13B),
-    "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", _VICUNA_7B),
-    "llava-hf/llava-v1.6-vicuna-13b-hf": _model("llava_next", _VICUNA_13B),
-    "llava-hf/llava-v1.6-mistral-7b-hf": _model(
-        "llava_next", {"model_type": "mistral", "vocab_size": 32064, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
-    ),
-    "llava-hf/llama3-llava-next-8b-hf": _model("llava_next", {**_LLAMA_3_8B, "vocab_size": 128320}),
+    "llava-llama-3-8b": _model("llava", _LLAMA_3),
+    "llava-hf/llava-1.5-7b-hf": _model("llava", {**_VICUNA_7B, **_LLAMA_2}),
+    "llava-hf/llava-1.5-13b-hf": _model("llava", {**_VICUNA_13B, **_LLAMA_2}),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": _model("llava_next", {**_VICUNA_7B, **_LLAMA_2}),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": _model("llava_next", {**_VICUNA_13B, **_LLAMA_2}),
+    "llava-hf/llava-v1.6-mistral-7b-hf": _model("llava_next", _MISTRAL_7B),
+    "llava-hf/llama3-llava-next-8b-hf": _model("llava_next", {**_LLAMA_3, "vocab_size": 128320}),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _model("llava_onevision", _QWEN2_05B, _SIGLIP_SO400M_384),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _model("llava_onevision", _QWEN2_7B, _SIGLIP_SO400M_384),
+    "HuggingFaceTB/SmolVLM-256M-Instruct": _model("idefics3", _SMOLLM2_135M, _SIGLIP_BASE_512, scale_factor=4),
+    "HuggingFaceTB/SmolVLM-500M-Instruct": _model("idefics3", _SMOLLM2_360M, _SIGLIP_BASE_512, scale_factor=4),
 }
 """Sizes that need no file. The first is the model of the paper, which has published none."""
 

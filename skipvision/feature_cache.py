@@ -164,7 +164,7 @@ def _fill(directory: Path, pictures: Iterator[MakePicture], encoder: VisionEncod
             os.replace(partial, path.with_suffix(".json"))
             tensors = {
                 "features": torch.cat([output.features.bfloat16() for output in outputs]),
-                "cls_attention": torch.cat([output.cls_attention.float() for output in outputs]),
+                "cls_attention": torch.cat([output.attention.float() for output in outputs]),
                 "labels": torch.from_numpy(np.stack([picture.labels for picture in chunk])),
                 "colours": torch.from_numpy(np.stack([picture.colours for picture in chunk])),
             }

@@ -9,7 +9,7 @@ one plain slice, `[:num_kept]`, in every layer, and nothing is gathered or scatt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +33,8 @@ class ImageSpan:
     num_skipped: int = 0
     num_summary: int = 0
     """2 where tokens are skipped, 1 where the rest was dropped outright, 0 in the plain model."""
+    num_tokens: int = field(default=0, compare=False)
+    """Visual tokens of the plain model that it stands for, where that is known."""
 
     @property
     def length(self) -> int:
@@ -55,9 +57,9 @@ class ImageSpan:
         """Of `num_tokens` visual tokens, or else of those of one view."""
         num_tokens = config.num_tokens if num_tokens is None else num_tokens
         if config.skip is None:
-            return ImageSpan(num_tokens)
+            return ImageSpan(num_tokens, num_tokens=num_tokens)
         num_skipped = min(config.skip.num_skipped, num_tokens - config.skip.num_retained)
-        return ImageSpan(config.skip.num_retained, num_skipped, num_summary=2 if num_skipped else 1)
+        return ImageSpan(config.skip.num_retained, num_skipped, 2 if num_skipped else 1, num_tokens)
 
 
 def picture_spans(config: ModelConfig, cut: Cut) -> tuple[ImageSpan, ...]:

@@ -1,6 +1,7 @@
 """Skip-Vision end to end: pictures and token ids in, logits and a reduced KV cache out.
 
-Shapes: B sequences, T ids (one placeholder per image), I images, V visual rows an image, L rows, D width.
+Shapes: B sequences, T ids (one placeholder per run of visual rows), I images, P patches and then tokens of an image,
+V visual rows, L rows, D width.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from skipvision.config import ModelConfig, SkipConfig
+from skipvision.config import RANKED, ModelConfig, SkipConfig
 from skipvision.decoder import Decoder, KVCache
 from skipvision.layout import BatchLayout, ImageSpan
 from skipvision.merge import merge_tokens
-from skipvision.projector import Projector
-from skipvision.select import patch_scores, split_patches
+from skipvision.projector import Projector, pixel_shuffle
+from skipvision.select import split_tokens, token_scores
 from skipvision.summary import SummaryPool
-from skipvision.vision import VisionEncoder
+from skipvision.tiles import Cut, mosaic
+from skipvision.vision import VisionEncoder, VisionOutput
 
 
 def attention_mask(position_ids: Tensor, visible_until: Tensor) -> Tensor:
@@ -54,46 +56,79 @@ class SkipVisionModel(nn.Module):
         self.span = ImageSpan.of(config)
         self.vision = VisionEncoder(config.vision)
         self.projector = Projector(config)
+        joined = config.tiles is not None and config.tiles.is_joined
+        self.newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if joined else None
         self.summary = SummaryPool(config.text.hidden_size) if config.skip is not None else None
         self.decoder = Decoder(config.text)
 
     def with_skip(self, skip: SkipConfig | None) -> SkipVisionModel:
         """The model with another skip setting, on the same weights in memory; a plain one leaves the summary layer out.
 
-        Raises RuntimeError where a plain model is to skip.
+        A plain model that is to skip gets a summary layer that takes the mean of its group, until it is trained.
         """
         with torch.device("meta"):
             other = SkipVisionModel(replace(self.config, skip=skip))
         names = other.state_dict().keys()
-        other.load_state_dict({name: each for name, each in self.state_dict().items() if name in names}, assign=True)
+        state = {name: each for name, each in self.state_dict().items() if name in names}
+        if other.summary is not None and self.summary is None:
+            weight = self.decoder.embed.weight
+            fresh = SummaryPool(self.config.text.hidden_size, of_mean=True).to(weight.device, weight.dtype)
+            state |= {f"summary.{name}": each for name, each in fresh.state_dict().items()}
+        other.load_state_dict(state, assign=True)
         if self.config.text.tie_embeddings:
             other.decoder.head.weight = other.decoder.embed.weight
         return other.train(self.training)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[I, 3, H, W] to visual rows [I, V, D] in attention order: retained, summary, skipped, summary."""
-        return self.visual_rows(*self.vision(pixels))
+        return self.visual_rows(*self._see(pixels))
 
-    def visual_rows(self, features: Tensor, cls_attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode_picture(self, pixels: Tensor, cut: Cut) -> Tensor:
+        """All views of one picture [I, 3, H, W] to visual rows: [1, V, D] where they are joined, else [I, V, D]."""
+        if self.newline is None:
+            return self.encode_images(pixels)
+        features, attention = self._see(pixels)
+        tokens = self.projector(features)
+        pieces = mosaic(self.config, cut)
+        index = torch.from_numpy(pieces.index).to(tokens.device)
+        weight = torch.from_numpy(pieces.weight).to(tokens)
+        table = torch.cat([tokens.flatten(0, 1), self.newline[None]])
+        rows = (table[index] * weight[..., None]).sum(0)
+        # A newline is attended to by nothing.
+        paid = torch.cat([self._token_attention(attention).flatten(), attention.new_zeros(1)])
+        scores = (paid[index] * weight.to(paid)).sum(0)
+        return self.split(rows[None], scores[None])
+
+    def _see(self, pixels: Tensor) -> VisionOutput:
+        skip = self.config.skip
+        ranked_by = skip.selector if skip is not None and skip.selector in RANKED else None
+        return self.vision(pixels, ranked_by)  # type: ignore[no-any-return]
+
+    def _token_attention(self, attention: Tensor) -> Tensor:
+        """[I, P] of patches to that of tokens: the sum of their patches'."""
+        side = self.config.pixel_shuffle
+        return attention if side == 1 else pixel_shuffle(attention[..., None], side).sum(-1)
+
+    def visual_rows(self, features: Tensor, attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[I, P, F] and [I, P], as the encoder gives them, to [I, V, D] (Skip-Vision, section 4)."""
-        return self.split(self.projector(features), cls_attention, generator)
+        return self.split(self.projector(features), self._token_attention(attention), generator)
 
-    def split(self, tokens: Tensor, cls_attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Projected patches [I, P, D] to [I, V, D]: select, merge the rest, summarise both groups.
+    def split(self, tokens: Tensor, attention: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens [I, T, D], and what is paid to each [I, T], to [I, V, D]: select, merge the rest, summarise both.
 
         `generator` is what the random selector draws from.
         """
         skip = self.config.skip
         if skip is None or self.summary is None:
             return tokens
-        scores = patch_scores(skip.selector, cls_attention, skip.num_retained, generator)
-        retained_index, rest_index = split_patches(scores, skip.num_retained)
+        scores = token_scores(skip.selector, attention, skip.num_retained, generator)
+        retained_index, rest_index = split_tokens(scores, skip.num_retained)
         width = tokens.shape[-1]
         retained = tokens.gather(1, retained_index[..., None].expand(-1, -1, width))
         if skip.num_skipped == 0:
             return torch.cat([retained, self.summary(retained)], 1)
         rest = tokens.gather(1, rest_index[..., None].expand(-1, -1, width))
-        skipped = merge_tokens(rest, skip.num_skipped)
+        skipped = merge_tokens(rest, min(skip.num_skipped, rest.shape[1]))
         return torch.cat([retained, self.summary(retained), skipped, self.summary(skipped)], 1)
 
     def embed(self, input_ids: Tensor, visual: Tensor, source: Tensor) -> Tensor:

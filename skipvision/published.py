@@ -1,4 +1,4 @@
-"""Checkpoints as the authors of LLaVA publish them: config.json of a known family, and safetensors, sharded or not.
+"""Checkpoints as they are published for transformers: config.json of a known family, safetensors, sharded or not.
 
 Weights are mapped from the file and used as they are: where the dtype is the one asked for, none of the decoder is
 copied. Nothing is unpickled.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,30 +21,37 @@ from skipvision.config import ConfigError
 from skipvision.families import KnownModel, read_model
 from skipvision.model import SkipVisionModel
 
+_EMBEDDING, _HEAD_WEIGHT = "decoder.embed.weight", "decoder.head.weight"
+_PROCESSING = ("processor_config.json", "preprocessor_config.json")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_TOWER, _PROJECTOR = r"(?:model\.)?vision_tower\.(?:vision_model\.)?", r"(?:model\.)?multi_modal_projector\."
-_TEXT, _HEAD = r"(?:language_model\.model|model\.language_model)\.", r"(?:language_model\.)?lm_head\."
+_TOWER = r"(?:model\.)?(?:vision_tower\.(?:vision_model\.)?|vision_model\.)"
+_PROJECTOR = r"(?:model\.)?multi_modal_projector\."
+_TEXT = r"(?:language_model\.model|model\.language_model|model\.text_model)\."
+_HEAD = r"(?:language_model\.)?lm_head\."
 _LAYER = r"layers\.(\d+)\."
 _NAMES: tuple[tuple[str, str], ...] = (
     (_TOWER + r"embeddings\.class_embedding", "vision.cls_token"),
-    (_TOWER + r"embeddings\.patch_embedding\.weight", "vision.patch_embed.weight"),
+    (_TOWER + r"embeddings\.patch_embedding\.(weight|bias)", r"vision.patch_embed.\1"),
     (_TOWER + r"embeddings\.position_embedding\.weight", "vision.position"),
     (_TOWER + r"pre_layrnorm\.(weight|bias)", r"vision.norm.\1"),
     (_TOWER + rf"encoder\.{_LAYER}self_attn\.([qkv])_proj\.(weight|bias)", r"vision.blocks.\1.qkv.\3/\2"),
     (_TOWER + rf"encoder\.{_LAYER}self_attn\.out_proj\.(weight|bias)", r"vision.blocks.\1.out.\2"),
     (_TOWER + rf"encoder\.{_LAYER}layer_norm([12])\.(weight|bias)", r"vision.blocks.\1.norm\2.\3"),
     (_TOWER + rf"encoder\.{_LAYER}mlp\.(fc[12])\.(weight|bias)", r"vision.blocks.\1.\2.\3"),
+    (_TOWER + r"post_layernorm\.(weight|bias)", r"vision.output_norm.\1"),
     (_PROJECTOR + r"linear_([12])\.(weight|bias)", r"projector.fc\1.\2"),
+    (r"model\.connector\.modality_projection\.proj\.weight", "projector.matrix.weight"),
+    (r"(?:model\.)?image_newline", "newline"),
     (_TEXT + r"embed_tokens\.weight", "decoder.embed.weight"),
     (_TEXT + r"norm\.weight", "decoder.norm.weight"),
     (_TEXT + _LAYER + r"input_layernorm\.weight", r"decoder.layers.\1.norm1.weight"),
     (_TEXT + _LAYER + r"post_attention_layernorm\.weight", r"decoder.layers.\1.norm2.weight"),
-    (_TEXT + _LAYER + r"self_attn\.([qkvo])_proj\.weight", r"decoder.layers.\1.attention.\2.weight"),
+    (_TEXT + _LAYER + r"self_attn\.([qkvo])_proj\.(weight|bias)", r"decoder.layers.\1.attention.\2.\3"),
     (_TEXT + _LAYER + r"mlp\.(gate|up|down)_proj\.weight", r"decoder.layers.\1.ffn.\2.weight"),
     (_HEAD + "weight", "decoder.head.weight"),
 )
 """Theirs, in the spellings of several versions of transformers, to ours. `/q` is a part of one of ours."""
-_UNREAD = re.compile(rf"{_TOWER}(?:post_layernorm\.\w+|embeddings\.position_ids)|.*\.rotary_emb\.inv_freq")
+_UNREAD = re.compile(rf"{_TOWER}(?:head\..+|embeddings\.position_ids)|.*\.rotary_emb\.inv_freq")
 
 
 def load_published(directory: Path, dtype: torch.dtype = torch.float32) -> SkipVisionModel:
@@ -52,38 +60,43 @@ def load_published(directory: Path, dtype: torch.dtype = torch.float32) -> SkipV
     Raises CheckpointError for a folder without safetensors, a shard that is missing or cut, weights that do not fit
     config.json; ConfigError for a family that is not computed here.
     """
-    known = _known(directory)
-    with torch.device("meta"):
-        model = SkipVisionModel(known.config)
+    config = read_known(directory).config
     tensors = _ours(directory, dtype)
-    # The tower's patches have no bias.
-    tensors["vision.patch_embed.bias"] = torch.zeros(known.config.vision.hidden_size, dtype=dtype)
-    if known.config.text.tie_embeddings and "decoder.embed.weight" in tensors:
-        tensors["decoder.head.weight"] = tensors["decoder.embed.weight"]
+    if not config.vision.output_norm:  # CLIP and SigLIP have one, which nothing of LLaVA reads
+        for name in ("weight", "bias"):
+            tensors.pop(f"vision.output_norm.{name}", None)
+    if config.vision.has_cls:  # CLIP's patches have no bias
+        tensors["vision.patch_embed.bias"] = torch.zeros(config.vision.hidden_size, dtype=dtype)
+    # Some files leave the head to be tied where config.json does not say so.
+    is_tied = _HEAD_WEIGHT not in tensors
+    if is_tied and _EMBEDDING in tensors:
+        tensors[_HEAD_WEIGHT] = tensors[_EMBEDDING]
+    with torch.device("meta"):
+        model = SkipVisionModel(replace(config, text=replace(config.text, tie_embeddings=is_tied)))
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{directory}: the weights do not fit config.json: {first_misfit(error)}") from None
-    if known.config.text.tie_embeddings:
+    if is_tied:
         model.decoder.head.weight = model.decoder.embed.weight
     return model.eval().requires_grad_(False)
 
 
-def _known(directory: Path) -> KnownModel:
+def read_known(directory: Path) -> KnownModel:
+    """The sizes that config.json states. Raises what `load_published` does."""
     if not directory.is_dir():
         raise NoCheckpointError(f"{directory}: no such checkpoint folder")
     path = directory / "config.json"
     try:
-        known = read_model(path.read_text(encoding="utf-8"))
+        beside = next((directory / name for name in _PROCESSING if (directory / name).is_file()), None)
+        processing = None if beside is None else beside.read_text(encoding="utf-8")
+        return read_model(path.read_text(encoding="utf-8"), processing)
     except FileNotFoundError:
         raise NoCheckpointError(f"{directory}: config.json is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    if not known.family.is_computed:
-        raise ConfigError(f"{path}: {known.family.name} is not computed here yet, only its sizes are known")
-    return known
 
 
 def _ours(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:

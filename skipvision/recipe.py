@@ -83,6 +83,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require_numbers(self, seed=0, vocab_size=_SMALLEST_VOCABULARY)
+        skip = self.model.skip
+        # Training reads features that are encoded once, with the attention of CLS beside them.
+        trained = skip is None or skip.selector in ("cls_attention", "random", "uniform")
+        require(trained, "model.skip.selector: training knows cls_attention, random and uniform")
+        require(self.model.tiles is None, "model.tiles: training sees a picture once")
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -109,9 +109,13 @@ def most_tokens(config: ModelConfig) -> int:
     tiles = config.tiles
     if tiles is None or not tiles.is_joined:
         return config.num_tokens * most_views(config)
-    # A picture of a mosaic's own proportions shows no padding.
-    cuts = (cut_picture(config, height, width) for height, width in tiles.sizes)
-    return max(sum(token_counts(config, cut)) for cut in cuts)
+    most, side = 0, config.vision.image_size
+    for height, width in tiles.sizes:
+        lines, columns = (length // side * config.vision.grid for length in (height, width))
+        # What padding leaves of a mosaic: some lines fewer, or some columns.
+        left = [(count, columns) for count in range(lines, 0, -2)] + [(lines, count) for count in range(columns, 0, -2)]
+        most = max(most, *(shown[0] * (shown[1] + 1) for shown in (_shrunk(config, tiles, *each) for each in left)))
+    return config.num_tokens + most
 
 
 @dataclass(frozen=True)
@@ -175,9 +179,15 @@ def _shown(
     else:
         left = (columns - int(round(cut.width * (lines / cut.height), 7))) // 2
     lines, columns = lines - 2 * top, columns - 2 * left
-    ratio = math.sqrt(lines * columns / (tiles.max_tiles * side**2)) if tiles.max_tiles else 0.0
-    shrunk = (int(lines // ratio), int(columns // ratio)) if ratio > _TOLERATED else (lines, columns)
-    return (top, left), (lines, columns), shrunk
+    return (top, left), (lines, columns), _shrunk(config, tiles, lines, columns)
+
+
+def _shrunk(config: ModelConfig, tiles: TilesConfig, lines: int, columns: int) -> tuple[int, int]:
+    """To how many lines and columns of tokens a mosaic of so many is shrunk."""
+    if not tiles.max_tiles:
+        return lines, columns
+    ratio = math.sqrt(lines * columns / (tiles.max_tiles * config.num_tokens))
+    return (int(lines // ratio), int(columns // ratio)) if ratio > _TOLERATED else (lines, columns)
 
 
 def _sampled(length: int, count: int) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.float64]]]:

@@ -10,7 +10,7 @@ import onnx
 import torch
 
 from skipvision.config import Activation, ModelConfig, SkipConfig
-from skipvision.select import patch_scores, split_patches
+from skipvision.select import token_scores, split_tokens
 from svcli_export.builder import GraphBuilder
 from svcli_export.contract import Contract
 from svcli_export.ops import SUMMARY_EPSILON
@@ -164,7 +164,7 @@ def _indices(
     """Indices of the retained [I, R] and the other [I, N] patches, each in raster order; "" for unused others."""
     num_patches, retained = config.vision.num_patches, skip.num_retained
     if skip.selector == "uniform":
-        fixed = split_patches(patch_scores("uniform", torch.zeros(1, num_patches), retained), retained)
+        fixed = split_tokens(token_scores("uniform", torch.zeros(1, num_patches), retained), retained)
         num_images = g.op("Shape", tokens, name="num_images", start=0, end=1)
         shape = g.op("Concat", num_images, g.ints(1), name="index_shape", axis=0)
         chosen = g.op("Expand", g.constant(fixed[0].numpy(), "retained_raster"), shape, name="retained_index")

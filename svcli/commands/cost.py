@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from skipvision.presets import Setting
     from skipvision.roofline import Gpu
 
+_LARGE = 672, 672
+"""Height and width of the picture that tiles are counted for."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -131,7 +134,7 @@ def find_setting(subject: Subject, preset: str | None, skip: str | None) -> Sett
         if preset not in PRESETS:
             raise UsageError(f"--preset {preset}: choose among {', '.join(PRESETS)}")
         return PRESETS[preset]
-    tokens, own = subject.config.vision.num_patches, subject.config.skip
+    tokens, own = subject.config.num_tokens, subject.config.skip
     if skip is not None:
         return Setting("as asked for", tokens, *parse_counts(skip))
     if own is not None:
@@ -196,8 +199,8 @@ def _render_presets(subject: Subject, every: dict[str, Estimate], num_text: int)
                 "" if printed is None else f"{printed:.0%}",
             )
         )
-    if subject.known is not None and subject.known.tile_sizes:
-        height, width = max(subject.known.tile_sizes, key=lambda size: size[0] * size[1])
+    if subject.known is not None and subject.config.tiles is not None:
+        height, width = _LARGE
         count = subject.known.visual_tokens(height, width)
         ui.show(
             f"In tiles, a picture of {height} x {width} takes {count:,} rows of the plain model; below is the paper's."

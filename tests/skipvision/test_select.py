@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipvision.config import Selector
-from skipvision.select import patch_scores, split_patches
+from skipvision.select import token_scores, split_tokens
 from tests.skipvision import reference
 
 SELECTORS: tuple[Selector, ...] = ("cls_attention", "random", "uniform")
@@ -22,7 +22,7 @@ def test_the_best_scored_are_retained_and_both_groups_stay_in_raster_order(
     data: st.DataObject, scores: list[float]
 ) -> None:
     count = data.draw(st.integers(1, len(scores)))
-    retained, rest = split_patches(torch.tensor([scores, scores[::-1]]), count)
+    retained, rest = split_tokens(torch.tensor([scores, scores[::-1]]), count)
     for row, given_scores in enumerate((scores, scores[::-1])):
         assert (retained[row].tolist(), rest[row].tolist()) == reference.select(given_scores, count)
 
@@ -30,8 +30,8 @@ def test_the_best_scored_are_retained_and_both_groups_stay_in_raster_order(
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("count", [1, 5, 15, 16])
 def test_every_patch_goes_one_way_even_where_scores_tie(selector: Selector, count: int) -> None:
-    scores = patch_scores(selector, torch.full((3, 16), 0.5), count)
-    retained, rest = split_patches(scores, count)
+    scores = token_scores(selector, torch.full((3, 16), 0.5), count)
+    retained, rest = split_tokens(scores, count)
     assert retained.shape == (3, count)
     for row in range(3):
         assert sorted(retained[row].tolist() + rest[row].tolist()) == list(range(16))
@@ -39,7 +39,7 @@ def test_every_patch_goes_one_way_even_where_scores_tie(selector: Selector, coun
 
 @pytest.mark.parametrize("count", range(1, 17))
 def test_uniform_spreads_the_retained_evenly_whatever_the_picture(count: int) -> None:
-    retained, _ = split_patches(patch_scores("uniform", torch.rand(2, 16), count), count)
+    retained, _ = split_tokens(token_scores("uniform", torch.rand(2, 16), count), count)
     assert torch.equal(retained[0], retained[1])
     ends = [*retained[0].tolist(), 16]
     gaps = {after - before for before, after in itertools.pairwise(ends)}
@@ -50,8 +50,8 @@ def test_uniform_spreads_the_retained_evenly_whatever_the_picture(count: int) ->
 def test_random_draws_anew_for_every_picture_and_call() -> None:
     attention = torch.zeros(2, 256)
     torch.manual_seed(0)
-    first, second = (split_patches(patch_scores("random", attention, 96), 96)[0] for _ in range(2))
+    first, second = (split_tokens(token_scores("random", attention, 96), 96)[0] for _ in range(2))
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first, second)
     torch.manual_seed(0)
-    assert torch.equal(split_patches(patch_scores("random", attention, 96), 96)[0], first)
+    assert torch.equal(split_tokens(token_scores("random", attention, 96), 96)[0], first)

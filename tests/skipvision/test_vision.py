@@ -27,7 +27,7 @@ def test_features_and_cls_attention_agree_with_plain_loops(layers: tuple[int, ..
         features, attention = reference.encode(weights, vision, picture)
         # fp64 but for the fp32 softmax of the CLS row.
         np.testing.assert_allclose(output.features[image].numpy(), features, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(output.cls_attention[image].numpy(), attention, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(output.attention[image].numpy(), attention, rtol=0, atol=1e-6)
         projected = reference.project(weights, model.config, features)
         np.testing.assert_allclose(tokens[image].numpy(), projected, rtol=0, atol=1e-10)
 
@@ -35,7 +35,7 @@ def test_features_and_cls_attention_agree_with_plain_loops(layers: tuple[int, ..
 def test_cls_attention_and_its_share_of_itself_sum_to_the_heads() -> None:
     model = tiny_model()
     with torch.no_grad():
-        attention = model.vision(random_pictures(3)).cls_attention
+        attention = model.vision(random_pictures(3)).attention
     assert (attention > 0).all()
     assert (attention.sum(1) < model.config.vision.num_heads).all()
 
