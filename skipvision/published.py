@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,8 +46,12 @@ _NAMES: tuple[tuple[str, str], ...] = (
 _UNREAD = re.compile(rf"{_TOWER}(?:post_layernorm\.\w+|embeddings\.position_ids)|.*\.rotary_emb\.inv_freq")
 
 
-def load_published(directory: Path, dtype: torch.dtype = torch.float32) -> SkipVisionModel:
-    """The plain model in `dtype`, in eval mode, on the CPU.
+def load_published(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
+) -> SkipVisionModel:
+    """The plain model in `dtype`, in eval mode, on the CPU. `progress` is told what share of the weights was read.
 
     Raises CheckpointError for a folder without safetensors, a shard that is missing or cut, weights that do not fit
     config.json; ConfigError for a family that is not computed here.
@@ -55,7 +59,7 @@ def load_published(directory: Path, dtype: torch.dtype = torch.float32) -> SkipV
     known = _known(directory)
     with torch.device("meta"):
         model = SkipVisionModel(known.config)
-    tensors = _ours(directory, dtype)
+    tensors = _ours(directory, dtype, progress)
     # The tower's patches have no bias.
     tensors["vision.patch_embed.bias"] = torch.zeros(known.config.vision.hidden_size, dtype=dtype)
     if known.config.text.tie_embeddings and "decoder.embed.weight" in tensors:
@@ -86,11 +90,12 @@ def _known(directory: Path) -> KnownModel:
     return known
 
 
-def _ours(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def _ours(directory: Path, dtype: torch.dtype, progress: Callable[[str, float], None]) -> dict[str, Tensor]:
     """Every tensor under our name. Query, key and value of the tower become one."""
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
-    for theirs, tensor in _stored(directory):
+    for theirs, tensor, share in _stored(directory):
+        progress("reading weights", share)
         name = _renamed(theirs)
         if name is None:
             raise CheckpointError(f"{directory}: unknown weight {theirs}")
@@ -115,13 +120,16 @@ def _renamed(theirs: str) -> str | None:
     return None
 
 
-def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _files(directory):
+def _stored(directory: Path) -> Iterator[tuple[str, Tensor, float]]:
+    """Each tensor by its name, and what share of the files lies behind it."""
+    files = _files(directory)
+    for number, file in enumerate(files):
         path = directory / file
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  it is no mapping
-                    yield name, tensors.get_tensor(name)
+                names = tensors.keys()
+                for place, name in enumerate(names, 1):
+                    yield name, tensors.get_tensor(name), (number + place / len(names)) / len(files)
         except FileNotFoundError:
             raise CheckpointError(f"{directory}: {file} is missing; download it again") from None
         except (OSError, SafetensorError) as error:
