@@ -43,7 +43,7 @@ class Processor:
         self.span = ImageSpan.of(self.config)
         self.contract: Contract = manifest.contract
         self.stop_ids = frozenset(manifest.chat.stop_ids)
-        self._chat = ChatTokenizer.load(bundle, manifest.chat.template)
+        self._chat = ChatTokenizer.load(bundle, manifest.chat.template, manifest.chat.published)
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
         """[I, 3, S, S] of RGB pictures of any size."""
