@@ -145,7 +145,8 @@ def mosaic(config: ModelConfig, cut: Cut) -> Mosaic:
     grid = np.arange(cut.rows * side)[:, None], np.arange(cut.columns * side)[None]
     views = 1 + grid[0] // side * cut.columns + grid[1] // side
     places = views * count + grid[0] % side * side + grid[1] % side
-    indices, weights = [], []
+    indices: list[npt.NDArray[np.int64]] = []
+    weights: list[npt.NDArray[np.float64]] = []
     for line, line_share in zip(lines, line_shares, strict=True):
         for column, column_share in zip(columns, column_shares, strict=True):
             taken = places[np.ix_(top + line, left + column)]

@@ -61,7 +61,7 @@ def check_options(bundle: Path, manifest: Manifest, options: Options, targets: S
         )
     if manifest.config.tiles is not None:
         raise BuildOptionError(
-            f"{bundle} sees pictures in tiles, and plans for that are not there yet; chat with it on --engine onnxruntime"
+            f"{bundle} sees pictures in tiles, and plans for that are not there yet; chat with it without --engine"
         )
     if options.max_context is not None and options.max_context > contract.max_context:
         raise BuildOptionError(

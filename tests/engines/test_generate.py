@@ -41,7 +41,7 @@ class Scripted:
         logits[next(self._tokens)] = 1
         return logits
 
-    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
+    def encode(self, pixels: Pixels, _cut: Cut | None = None) -> Visual:
         self.calls.append(("encode", len(pixels)))
         return np.zeros((len(pixels), 12, 32), np.float32)
 
