@@ -32,8 +32,8 @@ class Setting:
     """Pictures that the encoder sees for one: tiles and thumbnail."""
     is_ranked: bool = True
     """Whether the attention of CLS chooses what is retained; or else it is a fixed part."""
-    is_linear: bool = True
-    """Whether each patch becomes one token; or else a resampler stands between, whose cost is not worked out here."""
+    num_unpooled: int = 0
+    """Retained tokens that the first summary leaves out."""
     printed: Printed = field(default_factory=Printed)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ PRESETS: Mapping[str, Setting] = {
         "SV-LLaVA-HD", 2880, 576, 576, num_views=5, is_ranked=False, printed=Printed(0.50, 12.2 / 19, 250 / 450)
     ),
     "sv-cos-272": Setting(
-        "SV-CoS", 1296, 272, 256, is_ranked=False, is_linear=False, printed=Printed(0.25, 9.8 / 15.3, 90 / 160)
+        "SV-CoS", 1296, 272, 256, is_ranked=False, num_unpooled=16, printed=Printed(0.25, 9.8 / 15.3, 90 / 160)
     ),
     "sv-vicuna-64": Setting("SV-LLaVA-1.5, on Vicuna", 576, 64, 156),
 }
