@@ -294,6 +294,11 @@ class ModelConfig:
         rest = self.num_tokens - skip.num_retained
         require(rest >= 0, f"skip.num_retained must be at most {self.num_tokens} (the tokens of one view)")
         joined = self.tiles is not None and self.tiles.is_joined
+        if skip.selector == "first":
+            parts = self.leading_parts
+            require(bool(parts), "skip.selector first needs tiles that are joined to a thumbnail, or a resampler")
+            counts = " or ".join(map(str, parts))
+            require(skip.num_retained in parts, f"skip.selector first retains {counts} tokens, not {skip.num_retained}")
         if not joined:
             require(skip.num_skipped <= rest, f"skip.num_skipped must be at most {rest} (what is not retained)")
         require(
@@ -304,11 +309,6 @@ class ModelConfig:
             self.resampler is None or skip.selector not in RANKED,
             f"skip.selector {skip.selector} ranks patches, and a resampler's tokens are none; first does not",
         )
-        if skip.selector == "first":
-            parts = self.leading_parts
-            require(bool(parts), "skip.selector first needs tiles that are joined to a thumbnail, or a resampler")
-            counts = " or ".join(map(str, parts))
-            require(skip.num_retained in parts, f"skip.selector first retains {counts} tokens, not {skip.num_retained}")
 
     @property
     def leading_parts(self) -> tuple[int, ...]:
