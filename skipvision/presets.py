@@ -47,14 +47,17 @@ class Setting:
 
         Raises ConfigError for a model with other visual tokens.
         """
-        joined = config.tiles is not None and config.tiles.is_joined
+        joined, resampled = config.tiles is not None and config.tiles.is_joined, config.resampler is not None
         views = self.num_views if joined else 1
-        fits = (self.num_views > 1) == joined and views * config.num_tokens == self.num_tokens
-        if not fits or not self.is_linear:
+        if (self.num_views > 1) != joined or views * config.num_tokens != self.num_tokens:
             tokens = f"{config.num_tokens:,}{' and those of its tiles' if config.tiles is not None else ''}"
             raise ConfigError(f"{self.title} splits {self.num_tokens:,} visual tokens, and this model has {tokens}")
-        if joined:
-            return SkipConfig(self.num_retained, self.num_skipped, "thumbnail", "all")
+        require(resampled or joined or self.is_ranked, f"{self.title} needs a resampler, and this model has none")
+        require(
+            not (resampled and self.is_ranked), f"{self.title} ranks patches, and this model has a resampler's tokens"
+        )
+        if joined or resampled:
+            return SkipConfig(self.num_retained, self.num_skipped, "first", "all", self.num_unpooled)
         ranked: Selector = "cls_attention" if config.vision.has_cls else "received_attention"
         return SkipConfig(self.num_retained, self.num_skipped, ranked, "all")
 

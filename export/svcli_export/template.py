@@ -117,7 +117,11 @@ class PublishedTemplate:
         left, text, written = iter(cuts), "", {}
         for number, piece in enumerate(pieces):
             if number % 3 == 0:
-                text += re.sub(re.escape(token), lambda _: _tagged(next(left), token), piece) if self._prompt.tags else piece
+                text += (
+                    re.sub(re.escape(token), lambda _: _tagged(next(left), token), piece)
+                    if self._prompt.tags
+                    else piece
+                )
             elif number % 3 == 2:
                 written[int(pieces[number - 1])] = (len(text), len(text) + len(piece))
                 text += piece

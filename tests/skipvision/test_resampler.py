@@ -389,13 +389,24 @@ def test_the_example_has_the_papers_counts_and_share() -> None:
 def test_on_the_example_the_papers_setting_is_its_own() -> None:
     config = ModelConfig.from_json(EXAMPLE.read_text())
     setting = PRESETS["sv-cos-272"]
-    assert config.skip == SkipConfig(
-        setting.num_retained, setting.num_skipped, "first", "all", num_unpooled=setting.num_unpooled
-    )
+    assert setting.skip_config(config) == config.skip
     found = estimate(config, setting, 7)
     layout = TokenLayout((7, ImageSpan.of(config)))
     assert found.skipped.vision_flops == prompt_cost(config, layout).vision_flops
     assert found.dense.vision_flops == prompt_cost(*dense(config, layout)).vision_flops
+
+
+def test_a_setting_is_for_a_resampler_or_for_patches() -> None:
+    config = ModelConfig.from_json(EXAMPLE.read_text())
+    ranked = Setting("By rank", 1296, 272, 256)
+    with pytest.raises(ConfigError, match=r"^By rank ranks patches, and this model has a resampler's tokens$"):
+        ranked.skip_config(config)
+    # 36 x 36 patches are as many tokens.
+    vision = replace(config.vision, image_size=36 * 14)
+    patches = replace(config, vision=vision, skip=None, projector="linear", resampler=None)
+    assert ranked.skip_config(patches) == SkipConfig(272, 256, "cls_attention", "all")
+    with pytest.raises(ConfigError, match=r"^SV-CoS needs a resampler, and this model has none$"):
+        PRESETS["sv-cos-272"].skip_config(patches)
 
 
 def counted(call: Callable[[], object]) -> int:
