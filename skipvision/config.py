@@ -127,6 +127,8 @@ class SkipConfig:
     """Tokens that the rest is merged to; they pass attention only and leave the KV cache after prefill.
     0 drops the rest outright (the random-drop and uniform-drop baselines)."""
     selector: Selector = "cls_attention"
+    """What is retained: the best by the attention that the encoder pays; the `first`, which are the thumbnail of joined
+    tiles or the coarse scales of a resampler; or a baseline."""
     visibility: Visibility = "image"
     """Who attends to skipped rows: `all` later rows (the paper's training), or only rows of the same `image`,
     which makes dropping them after prefill exact."""
