@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from svcli import ui
+from svcli.remarks import remarks
 from svcli.skip_option import parse_counts
 
 
@@ -75,6 +76,8 @@ def export(
     ui.note(
         f"{check.agreement:.1%} of {check.num_tokens} greedy tokens agree with PyTorch on {check.num_pictures} pictures"
     )
+    for remark in remarks(manifest.config):
+        ui.note(remark)
     ui.show(str(output))
 
 

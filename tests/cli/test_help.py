@@ -15,7 +15,7 @@ from svcli.app import app
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"PIL", "jinja2", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers", "torch"}
-COMMANDS = ("chat", "inspect", "cost", "verify", "doctor", "export", "build-engine", "train", "data")
+COMMANDS = ("chat", "inspect", "cost", "verify", "doctor", "export", "build-engine", "train", "new", "data")
 
 
 # typer itself loads pydantic for everything but the main help.
