@@ -107,12 +107,7 @@ def _skip(config: ModelConfig, asked: Split | None) -> SkipConfig | None:
     if asked is None:
         return None
     if isinstance(asked, Setting):
-        if asked.num_tokens != config.num_tokens:
-            raise AssembleError(
-                f"this setting of {asked.title} splits {asked.num_tokens} visual tokens, and the tower gives"
-                f" {config.num_tokens}; name the numbers (--skip)"
-            )
-        asked = asked.num_retained, asked.num_skipped
+        return asked.skip_config(config)
     return SkipConfig(*asked, selector="cls_attention" if config.vision.has_cls else "received_attention")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -68,22 +68,22 @@ _TEXT_HALF = re.compile(r"text_model\..+|(?:visual|text)_projection\.weight|logi
 def load_published(
     directory: Path,
     dtype: torch.dtype = torch.float32,
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
     *,
     tower: Path | None = None,
     skip: SkipConfig | Literal["off"] | None = None,
 ) -> SkipVisionModel:
-    """The model in `dtype`, in eval mode, on the CPU.
+    """The model in `dtype`, in eval mode, on the CPU. `progress` is told what share of the weights was read.
 
     `tower` is the folder of a CLIP model, for checkpoints without their vision tower or its sizes; weights that are in
-    the checkpoint come first. The plain model comes where
-    `skip` is None or `off`. One that has a summary layer of the authors' training does not say how much it skipped, so
-    None is refused there; they trained with visibility `all`.
+    the checkpoint come first. The plain model comes where `skip` is None or `off`. One that has a summary layer of the
+    authors' training does not say how much it skipped, so None is refused there; they trained with visibility `all`.
 
     Raises CheckpointError for a folder without safetensors, a shard that is missing or cut, weights that do not fit
     config.json; ConfigError for a family that is not computed here.
     """
     known = read_known(directory, tower)
-    tensors = _ours(directory, dtype)
+    tensors = _ours(directory, dtype, progress=progress)
     if known.tower is not None and not any(name.startswith("vision.") for name in tensors):
         if tower is None:
             raise CheckpointError(f"{directory}: the weights of {known.tower} are not in it; {NAME_TOWER}")
@@ -174,11 +174,17 @@ def _complete_tower(tensors: dict[str, Tensor], vision: VisionConfig, dtype: tor
         tensors["vision.patch_embed.bias"] = torch.zeros(vision.hidden_size, dtype=dtype)
 
 
-def _ours(directory: Path, dtype: torch.dtype, part: Literal["", "vision.", "decoder."] = "") -> dict[str, Tensor]:
+def _ours(
+    directory: Path,
+    dtype: torch.dtype,
+    part: Literal["", "vision.", "decoder."] = "",
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
+) -> dict[str, Tensor]:
     """Every tensor of the `part` under our name. Query, key and value of the tower become one."""
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
-    for theirs, tensor in _stored(directory):
+    for theirs, tensor, share in _stored(directory):
+        progress("reading weights", share)
         if part == "vision." and _TEXT_HALF.fullmatch(theirs):
             continue
         name = _renamed(theirs)
@@ -207,13 +213,16 @@ def _renamed(theirs: str) -> str | None:
     return None
 
 
-def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _files(directory):
+def _stored(directory: Path) -> Iterator[tuple[str, Tensor, float]]:
+    """Each tensor by its name, and what share of the files lies behind it."""
+    files = _files(directory)
+    for number, file in enumerate(files):
         path = directory / file
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  it is no mapping
-                    yield name, tensors.get_tensor(name)
+                names = tensors.keys()
+                for place, name in enumerate(names, 1):
+                    yield name, tensors.get_tensor(name), (number + place / len(names)) / len(files)
         except FileNotFoundError:
             raise CheckpointError(f"{directory}: {file} is missing; download it again") from None
         except (OSError, SafetensorError) as error:

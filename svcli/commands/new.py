@@ -10,6 +10,7 @@ import typer
 
 from svcli import ui
 from svcli.errors import UsageError
+from svcli.models import model_folder
 from svcli.remarks import remarks
 from svcli.skip_option import parse_counts
 
@@ -34,15 +35,16 @@ def new(
         str,
         typer.Option(
             metavar="TOWER",
-            help="Folder of a CLIP or SigLIP vision model, or of a known vision-language model, whose tower is taken.",
+            help="Folder or hub id of a CLIP or SigLIP vision model, or of a known vision-language model, whose tower is"
+            " taken.",
         ),
     ],
     text: Annotated[
         str,
         typer.Option(
             metavar="DECODER",
-            help="Folder of a Llama, Mistral or Qwen2 model, or of a known vision-language model, whose decoder is"
-            " taken.",
+            help="Folder or hub id of a Llama, Mistral or Qwen2 model, or of a known vision-language model, whose decoder"
+            " is taken.",
         ),
     ],
     skip: Annotated[
@@ -67,13 +69,16 @@ def new(
     split = find_split(preset, skip)
     from skipvision.assemble import assemble, check_output
 
+    from skipvision.families import read_decoder, read_tower
+
     check_output(output, overwrite=overwrite)
+    tower, decoder = model_folder(vision, check=read_tower), model_folder(text, check=read_decoder)
     import torch
 
     with ui.Progress() as progress:
         config = assemble(
-            part_folder(vision),
-            part_folder(text),
+            tower,
+            decoder,
             output,
             skip=split,
             projector_size=projector_size,
@@ -85,11 +90,6 @@ def new(
     for remark in remarks(config):
         ui.note(remark)
     ui.show(str(output))
-
-
-def part_folder(name: str) -> Path:
-    """Where the tower or decoder that was named lies."""
-    return Path(name)
 
 
 def find_split(preset: str | None, skip: str | None) -> Split | None:

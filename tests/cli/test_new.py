@@ -80,10 +80,10 @@ def test_options_arrive_in_the_checkpoint(parts: Path, tmp_path: Path) -> None:
         (["--skip", "17/4"], "num_retained", 2),
         (["--skip", "4/6", "--preset", "sv-llava-100"], "name one of them", 2),
         (["--preset", "nonsense"], "choose among sv-llava-100", 2),
-        (["--preset", "sv-llava-100"], "splits 576 visual tokens, and the tower gives 16", 1),
+        (["--preset", "sv-llava-100"], "splits 576 visual tokens, and this model has 16", 2),
         (["--projector-size", "0"], "--projector-size", 2),
         (["--dtype", "int8"], "--dtype", 2),
-        (["--text", "nowhere"], "nowhere: no such checkpoint folder", 2),
+        (["--text", "nowhere"], "nowhere: no such folder", 2),
     ],
 )
 def test_settings_that_cannot_work_are_refused(

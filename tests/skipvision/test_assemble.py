@@ -182,7 +182,7 @@ def test_an_older_checkpoint_is_replaced_when_told_so_and_nothing_else(parts: Pa
         ("no tokenizer", AssembleError, "tokenizer.json is missing; save the tokenizer with transformers"),
         ("broken tokenizer", AssembleError, "tokenizer.json: unreadable"),
         ("large tokenizer", AssembleError, "the tokenizer knows .* tokens, and the decoder"),
-        ("preset", AssembleError, "splits 576 visual tokens, and the tower gives 16"),
+        ("preset", ConfigError, "splits 576 visual tokens, and this model has 16"),
         ("skip", ConfigError, "skip.num_retained must be at most 16"),
     ],
 )

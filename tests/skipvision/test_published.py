@@ -166,6 +166,16 @@ def _newer(name: str) -> str:
     return "model." + name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
+def test_progress_is_told_with_every_tensor(theirs: Any, copy: Path) -> None:
+    sharded = copy.with_name("sharded")
+    theirs.save_pretrained(sharded, max_shard_size="20KB")
+    shares: list[float] = []
+    load_published(sharded, progress=lambda _what, share: shares.append(share))
+    assert len(shares) == len(load_file(copy / "model.safetensors"))
+    assert 0 < shares[0] < shares[-1] == 1
+    assert shares == sorted(shares)
+
+
 def test_weights_are_not_copied(folder: Path) -> None:
     """Those of the decoder lie in the file, which is mapped: memory holds what was read, and that once."""
     model = load_published(folder)

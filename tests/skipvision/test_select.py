@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipvision.config import Selector
-from skipvision.select import token_scores, split_tokens
+from skipvision.select import split_tokens, token_scores
 from tests.skipvision import reference
 
 SELECTORS: tuple[Selector, ...] = ("cls_attention", "random", "uniform")

@@ -1,4 +1,4 @@
-"""Tiny models of every family, made by transformers with random weights, and the same questions for them and for ours."""
+"""Tiny models of every family, made by transformers with random weights, and the same questions for both of us."""
 
 from __future__ import annotations
 
