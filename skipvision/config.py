@@ -258,6 +258,8 @@ class ModelConfig:
     projector_position: bool = True
     """Add a learned row and column embedding to every projected patch, so that a token that is moved or merged
     still knows where it came from."""
+    projector_trained: bool = True
+    """False where it holds fresh weights, so that the decoder cannot make sense of pictures yet."""
 
     def __post_init__(self) -> None:
         require(self.projector_size >= 1, f"projector_size must be at least 1, got {self.projector_size}")

@@ -13,6 +13,7 @@ from svcli import ui
 from svcli.__main__ import INTERRUPTED
 from svcli.engines import EngineName, open_engine
 from svcli.errors import UsageError
+from svcli.remarks import remarks
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def chat(
         view.note(*notes)
         bundle = model or bundled_model()
         manifest = load_manifest(bundle)
+        notes += remarks(manifest.config)
+        view.note(*remarks(manifest.config))
         processor = Processor(bundle, manifest)
         runner = open_engine(engine, bundle, manifest, threads=threads)
         conversation = Conversation(runner, processor)

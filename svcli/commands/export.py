@@ -10,6 +10,7 @@ import typer
 
 from svcli import ui
 from svcli.models import model_folder
+from svcli.remarks import remarks
 from svcli.skip_option import parse_counts
 
 
@@ -81,6 +82,8 @@ def export(
     ui.note(
         f"{check.agreement:.1%} of {check.num_tokens} greedy tokens agree with PyTorch on {check.num_pictures} pictures"
     )
+    for remark in remarks(manifest.config):
+        ui.note(remark)
     ui.show(str(output))
 
 
