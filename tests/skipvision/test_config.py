@@ -91,8 +91,8 @@ def altered(path: str, value: Any) -> str:
             "vison",
             {},
             (
-                "config: unknown key 'vison'; known: "
-                "projector_convs, projector_norm, projector_position, projector_size, skip, text, vision"
+                "config: unknown key 'vison'; known: pixel_shuffle, projector, "
+                "projector_convs, projector_norm, projector_position, projector_size, skip, text, tiles, vision$"
             ),
         ),
         ("vision.patchsize", 4, "vision: unknown key 'patchsize'; known: .*patch_size"),
@@ -121,7 +121,14 @@ def test_unknown_keys_are_errors_that_list_the_known_ones(path: str, value: Any,
         ("text.rms_norm_eps", "small", "text.rms_norm_eps: expected float, got 'small'"),
         ("text.rms_norm_eps", True, "text.rms_norm_eps: expected float, got True"),
         ("text.tie_embeddings", 1, "text.tie_embeddings: expected bool, got 1"),
-        ("skip.selector", "best", "skip.selector: expected one of 'cls_attention', 'random', 'uniform', got 'best'"),
+        (
+            "skip.selector",
+            "best",
+            (
+                "skip.selector: expected one of 'cls_attention', 'received_attention', 'thumbnail', 'random', 'uniform',"
+                " got 'best'$"
+            ),
+        ),
         ("skip.selector", ["random"], "skip.selector: expected one of"),
         ("skip.visibility", "none", "skip.visibility: expected one of 'image', 'all', got 'none'"),
         ("projector_position", "yes", "projector_position: expected bool, got 'yes'"),
@@ -141,7 +148,7 @@ def test_whole_numbers_are_good_for_fractions() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("vision.patch_size", 5),
+        ("vision.patch_size", 17),
         ("vision.num_heads", 5),
         ("vision.feature_layers", []),
         ("vision.feature_layers", [4]),
