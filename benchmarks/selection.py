@@ -14,7 +14,7 @@ from skipvision.data.assets import Assets
 from skipvision.data.names import GLYPHS, LABEL_IDS
 from skipvision.data.scenes import render
 from skipvision.feature_cache import to_pixels
-from skipvision.select import token_scores, split_tokens
+from skipvision.select import split_tokens, token_scores
 
 COVERED = 0.2
 """Share of a patch that something must cover for the patch to count; the one from which it gets a label."""

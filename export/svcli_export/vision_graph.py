@@ -10,7 +10,7 @@ import onnx
 import torch
 
 from skipvision.config import Activation, ModelConfig, SkipConfig
-from skipvision.select import token_scores, split_tokens
+from skipvision.select import split_tokens, token_scores
 from svcli_export.builder import GraphBuilder
 from svcli_export.contract import Contract
 from svcli_export.ops import SUMMARY_EPSILON

@@ -1,12 +1,15 @@
-"""Tiny models of every family, made by transformers with random weights, and the same questions for them and for ours."""
+"""Tiny models of every family with random weights, made by transformers, and the same questions for theirs and ours."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from skipvision.config import ModelConfig
 from skipvision.families import parse_model
 from skipvision.layout import BatchLayout, TokenLayout, picture_spans
 from skipvision.model import SkipVisionModel
+from skipvision.published import load_published
 from skipvision.tiles import Cut, cut_picture
 from tests.optional import missing
 
@@ -206,3 +210,12 @@ def their_logits(kind: Kind, model: Any, config: ModelConfig, prompt: Prompt) ->
     with torch.no_grad():
         logits: Tensor = model(input_ids=torch.tensor([spelt]), **given).logits[0, -1]
     return logits
+
+
+@lru_cache(maxsize=len(KINDS))
+def ours(kind: Kind) -> SkipVisionModel:
+    """Ours with their weights, in fp64."""
+    with TemporaryDirectory() as folder:
+        made(kind).save_pretrained(folder)
+        (Path(folder) / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSING}))
+        return load_published(Path(folder)).double()
