@@ -125,12 +125,10 @@ class SkipVisionModel(nn.Module):
         retained_index, rest_index = split_tokens(scores, skip.num_retained)
         width = tokens.shape[-1]
         retained = tokens.gather(1, retained_index[..., None].expand(-1, -1, width))
-        # Of a joined picture whose tiles show padding alone, nothing is left to skip.
-        num_skipped = min(skip.num_skipped, rest_index.shape[1])
-        if num_skipped == 0:
+        if skip.num_skipped == 0:
             return torch.cat([retained, self.summary(retained)], 1)
         rest = tokens.gather(1, rest_index[..., None].expand(-1, -1, width))
-        skipped = merge_tokens(rest, num_skipped)
+        skipped = merge_tokens(rest, min(skip.num_skipped, rest.shape[1]))
         return torch.cat([retained, self.summary(retained), skipped, self.summary(skipped)], 1)
 
     def embed(self, input_ids: Tensor, visual: Tensor, source: Tensor) -> Tensor:

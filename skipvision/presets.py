@@ -31,7 +31,7 @@ class Setting:
     num_views: int = 1
     """Pictures that the encoder sees for one: tiles and thumbnail."""
     is_ranked: bool = True
-    """Whether the attention of CLS chooses what is retained; or else it is a fixed part."""
+    """Whether attention chooses what is retained, that of CLS where there is one; or else it is a fixed part."""
     is_linear: bool = True
     """Whether each patch becomes one token; or else a resampler stands between, whose cost is not worked out here."""
     printed: Printed = field(default_factory=Printed)

@@ -145,8 +145,8 @@ def test_unknown_keys_are_errors_that_list_the_known_ones(path: str, value: Any,
             "skip.selector",
             "best",
             (
-                "skip.selector: expected one of 'cls_attention', 'received_attention', 'thumbnail', 'random', 'uniform',"
-                " got 'best'$"
+                "skip.selector: expected one of 'cls_attention', 'received_attention', 'thumbnail', 'random',"
+                " 'uniform', got 'best'$"
             ),
         ),
         ("skip.selector", ["random"], "skip.selector: expected one of"),

@@ -284,7 +284,7 @@ def test_a_norm_that_smolvlm_reads_must_be_there(cases: Callable[[str], Case], t
         assert len(kept) == len(stored) - 2
         save_file(kept, copy / "model.safetensors")
         if is_read:
-            with pytest.raises(CheckpointError, match="Missing key.*vision.output_norm.weight"):
+            with pytest.raises(CheckpointError, match=r"Missing key.*vision\.output_norm\.weight"):
                 load_published(copy)
         else:
             assert same_weights(copy, cases(name).ours)
