@@ -68,7 +68,6 @@ def new(
     """
     split = find_split(preset, skip)
     from skipvision.assemble import assemble, check_output
-
     from skipvision.families import read_decoder, read_tower
 
     check_output(output, overwrite=overwrite)
