@@ -72,7 +72,7 @@ def chat(
         notes = [note for picture in pictures for note in picture.notes]
         view.note(*notes)
         bundle = model or bundled_model()
-        manifest = load_manifest(bundle)
+        manifest = load_manifest(bundle, quick=True)
         processor = Processor(bundle, manifest)
         runner = open_engine(engine, bundle, manifest, threads=threads)
         conversation = Conversation(runner, processor)
