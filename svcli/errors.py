@@ -40,6 +40,7 @@ _USERS_INPUT = frozenset(
         "ImageError",
         "NoBundleError",
         "NoCheckpointError",
+        "ProfileError",
         "PromptError",
         "SamplingError",
         "UsageError",
@@ -47,6 +48,7 @@ _USERS_INPUT = frozenset(
 )
 _LACKING = frozenset({"MachineError", "ProviderError"})
 _EXTRA_OF = {
+    "matplotlib": "plots",
     "onnx": "torch",
     "onnx_ir": "torch",
     "onnxruntime": "cpu",

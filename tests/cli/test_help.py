@@ -14,8 +14,8 @@ import skipvision
 from svcli.app import app
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"PIL", "jinja2", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers", "torch"}
-COMMANDS = ("chat", "inspect", "cost", "verify", "doctor", "export", "build-engine", "train", "data")
+HEAVY = {"PIL", "jinja2", "matplotlib", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers", "torch"}
+COMMANDS = ("chat", "inspect", "cost", "profile", "verify", "doctor", "export", "build-engine", "train", "data")
 
 
 # typer itself loads pydantic for everything but the main help.
