@@ -292,7 +292,7 @@ def test_the_bounds_hold(
     model = tiny_model(tiny_config(SkipConfig(retained, skipped, visibility=visibility)), seed=seed)
     with torch.no_grad():
         for parameter in model.decoder.layers.parameters():
-            parameter *= scale
+            parameter.mul_(scale)
     ids = [*before, IMAGE, *behind]
     found = profiled(model, batch_of(model, [ids]), ids)
     room = 1 + 1e-9  # rounding in fp64
