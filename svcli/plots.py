@@ -122,7 +122,7 @@ def _attention(figure: Figure, spread: Spread) -> str:
             bottom += heights
         axes.set_title(title, fontsize="medium")
         axes.set_ylim(0, 1)
-        _finish(axes, len(layers), scale="linear")
+        _finish(axes, len(layers))
     panels[0].set_ylabel("share of the attention paid")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return "Who is looked at, mean over heads, as the model runs"
@@ -155,10 +155,16 @@ def _line(axes: Axes, values: Sequence[Floats], **style: str) -> None:
     axes.fill_between(layers, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _finish(axes: Axes, num_layers: int, scale: str = "log") -> None:
+def _finish(axes: Axes, num_layers: int) -> None:
+    """Axes that all figures share; those with lines are logarithmic, if there is anything to be seen on them."""
+    import numpy as np
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_yscale(scale)
+    if any(np.isfinite(np.asarray(line.get_ydata(), np.float64)).any() for line in axes.lines):
+        axes.set_yscale("log")
+    elif axes.lines:
+        axes.set_ylim(0, 1)
+        axes.text(0.5, 0.5, "0 behind every layer", transform=axes.transAxes, ha="center")
     axes.set_xlim(0.4, num_layers + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("layer")

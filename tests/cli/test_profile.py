@@ -136,6 +136,11 @@ def test_figures_are_drawn_in_place_of_older_ones(bundle: Path, picture: Path, b
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_figures_can_be_drawn_where_nothing_is_off(bundle: Path, picture: Path, tmp_path: Path) -> None:
+    profile(bundle, picture, "--skip", "4/0", "-o", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PLOTS)
+
+
 def test_any_name_of_a_model_can_be_a_title(bundle: Path, picture: Path, tmp_path: Path) -> None:
     odd = Path(shutil.copytree(bundle, tmp_path / "$\\frac$ \u6a21\u578b {}"))
     profile(odd, picture, "-o", tmp_path / "figures")
