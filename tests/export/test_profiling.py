@@ -10,13 +10,12 @@ import pytest
 from PIL import Image
 
 from skipvision.config import ConfigError, SkipConfig
-from skipvision.model import SkipVisionModel
 from skipvision.profile import GROUPS, ProfileError
 from svcli_export.agreement import drawn_cards
 from svcli_export.bundle import export_bundle
 from svcli_export.profiling import measure_pictures
 from svcli_export.samples import SampleError
-from svcli_export.source import SourceError, read_source
+from svcli_export.source import read_source
 from tests.export.tiny import SKIP, tiny_checkpoint
 
 QUESTION = "what is this?"
