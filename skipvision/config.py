@@ -234,6 +234,7 @@ class ModelConfig:
         rest = self.num_tokens - skip.num_retained
         require(rest >= 0, f"skip.num_retained must be at most {self.num_tokens} (the tokens of one view)")
         joined = self.tiles is not None and self.tiles.is_joined
+        require(joined or skip.selector != "thumbnail", "skip.selector thumbnail needs tiles that are joined to it")
         if not joined:
             require(skip.num_skipped <= rest, f"skip.num_skipped must be at most {rest} (what is not retained)")
         require(
@@ -241,7 +242,6 @@ class ModelConfig:
             "skip.selector cls_attention needs an encoder with a CLS token; received_attention does not",
         )
         if skip.selector == "thumbnail":
-            require(joined, "skip.selector thumbnail needs tiles that are joined to it")
             require(not rest, f"skip.selector thumbnail retains {self.num_tokens} tokens, not {skip.num_retained}")
 
     @property

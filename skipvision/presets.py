@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from skipvision.config import require
+from skipvision.config import ConfigError, ModelConfig, Selector, SkipConfig, require
 from skipvision.layout import ImageSpan
 
 
@@ -41,6 +41,22 @@ class Setting:
         rest = self.num_tokens - self.num_retained
         require(self.num_retained >= 1 and rest >= 0, f"of {self.num_tokens} visual tokens 1 to all can be retained")
         require(0 <= self.num_skipped <= rest, f"at most {rest} tokens can be skipped, since no more are not retained")
+
+    def skip_config(self, config: ModelConfig) -> SkipConfig:
+        """The setting for a model, as the paper trained it: all later rows see skipped ones, until they are evicted.
+
+        Raises ConfigError for a model with other visual tokens.
+        """
+        joined = config.tiles is not None and config.tiles.is_joined
+        views = self.num_views if joined else 1
+        fits = (self.num_views > 1) == joined and views * config.num_tokens == self.num_tokens
+        if not fits or not self.is_linear:
+            tokens = f"{config.num_tokens:,}{' and those of its tiles' if config.tiles is not None else ''}"
+            raise ConfigError(f"{self.title} splits {self.num_tokens:,} visual tokens, and this model has {tokens}")
+        if joined:
+            return SkipConfig(self.num_retained, self.num_skipped, "thumbnail", "all")
+        ranked: Selector = "cls_attention" if config.vision.has_cls else "received_attention"
+        return SkipConfig(self.num_retained, self.num_skipped, ranked, "all")
 
     @property
     def plain(self) -> ImageSpan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,14 +54,18 @@ _NAMES: tuple[tuple[str, str], ...] = (
 _UNREAD = re.compile(rf"{_TOWER}(?:head\..+|embeddings\.position_ids)|.*\.rotary_emb\.inv_freq")
 
 
-def load_published(directory: Path, dtype: torch.dtype = torch.float32) -> SkipVisionModel:
-    """The plain model in `dtype`, in eval mode, on the CPU.
+def load_published(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
+) -> SkipVisionModel:
+    """The plain model in `dtype`, in eval mode, on the CPU. `progress` is told what share of the weights was read.
 
     Raises CheckpointError for a folder without safetensors, a shard that is missing or cut, weights that do not fit
     config.json; ConfigError for a family that is not computed here.
     """
     config = read_known(directory).config
-    tensors = _ours(directory, dtype)
+    tensors = _ours(directory, dtype, progress)
     if not config.vision.output_norm:  # CLIP and SigLIP have one, which nothing of LLaVA reads
         for name in ("weight", "bias"):
             tensors.pop(f"vision.output_norm.{name}", None)
@@ -99,11 +103,12 @@ def read_known(directory: Path) -> KnownModel:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _ours(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def _ours(directory: Path, dtype: torch.dtype, progress: Callable[[str, float], None]) -> dict[str, Tensor]:
     """Every tensor under our name. Query, key and value of the tower become one."""
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
-    for theirs, tensor in _stored(directory):
+    for theirs, tensor, share in _stored(directory):
+        progress("reading weights", share)
         name = _renamed(theirs)
         if name is None:
             raise CheckpointError(f"{directory}: unknown weight {theirs}")
@@ -128,13 +133,16 @@ def _renamed(theirs: str) -> str | None:
     return None
 
 
-def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _files(directory):
+def _stored(directory: Path) -> Iterator[tuple[str, Tensor, float]]:
+    """Each tensor by its name, and what share of the files lies behind it."""
+    files = _files(directory)
+    for number, file in enumerate(files):
         path = directory / file
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  it is no mapping
-                    yield name, tensors.get_tensor(name)
+                names = tensors.keys()
+                for place, name in enumerate(names, 1):
+                    yield name, tensors.get_tensor(name), (number + place / len(names)) / len(files)
         except FileNotFoundError:
             raise CheckpointError(f"{directory}: {file} is missing; download it again") from None
         except (OSError, SafetensorError) as error:

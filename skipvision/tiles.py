@@ -36,17 +36,20 @@ class Cut:
 
 
 def cut_picture(config: ModelConfig, height: int, width: int, is_alone: bool = True) -> Cut:
-    """The cut of a picture of this size in pixels; `is_alone` where no other picture is in the conversation."""
+    """The cut of a picture of this size in pixels; `is_alone` where no other picture is in the conversation.
+
+    A strip so thin that nothing would be left of its mosaic is seen as a thumbnail alone.
+    """
     tiles, side = config.tiles, config.vision.image_size
+    whole = Cut(height, width)
     if tiles is None or not (is_alone or tiles.among_others):
-        return Cut(height, width)
-    if tiles.is_joined:
-        lines, columns = best_size(tiles.sizes, height, width)
-    else:
-        lines, columns = scaled_sizes(tiles.longest_edge, side, height, width)[1]
-        if max(lines, columns) <= side:
-            return Cut(height, width)
-    return Cut(height, width, lines // side, columns // side)
+        return whole
+    if not tiles.is_joined:
+        high, wide = scaled_sizes(tiles.longest_edge, side, height, width)[1]
+        return whole if max(high, wide) <= side else Cut(height, width, high // side, wide // side)
+    high, wide = best_size(tiles.sizes, height, width)
+    cut = Cut(height, width, high // side, wide // side)
+    return cut if all(_shown(config, tiles, cut)[2]) else whole
 
 
 def best_size(sizes: tuple[tuple[int, int], ...], height: int, width: int) -> tuple[int, int]:
@@ -143,7 +146,8 @@ def mosaic(config: ModelConfig, cut: Cut) -> Mosaic:
     grid = np.arange(cut.rows * side)[:, None], np.arange(cut.columns * side)[None]
     views = 1 + grid[0] // side * cut.columns + grid[1] // side
     places = views * count + grid[0] % side * side + grid[1] % side
-    indices, weights = [], []
+    indices: list[npt.NDArray[np.int64]] = []
+    weights: list[npt.NDArray[np.float64]] = []
     for line, line_share in zip(lines, line_shares, strict=True):
         for column, column_share in zip(columns, column_shares, strict=True):
             taken = places[np.ix_(top + line, left + column)]

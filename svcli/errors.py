@@ -40,13 +40,15 @@ _USERS_INPUT = frozenset(
         "ImageError",
         "NoBundleError",
         "NoCheckpointError",
+        "NoModelError",
         "PromptError",
         "SamplingError",
         "UsageError",
     }
 )
-_LACKING = frozenset({"MachineError", "ProviderError"})
+_LACKING = frozenset({"MachineError", "NoRoomError", "ProviderError"})
 _EXTRA_OF = {
+    "huggingface_hub": "torch",
     "onnx": "torch",
     "onnx_ir": "torch",
     "onnxruntime": "cpu",

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision.layout import TokenLayout
+from skipvision.tiles import Cut
 
 Pixels = npt.NDArray[np.float32]
 Visual = npt.NDArray[Any]
@@ -44,13 +45,16 @@ class Engine(Protocol):
     def length(self) -> int:
         """Rows in the cache."""
 
-    def encode(self, pixels: Pixels) -> Visual:
-        """Visual rows [I, V, D] of `pixels` [I, 3, H, W]."""
+    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
+        """Visual rows [I, V, D] of `pixels` [I, 3, H, W]: pictures that are seen once, or the views of one.
+
+        Where views are joined, `cut` says how, and the rows are [1, V, D].
+        """
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        """Logits [vocab] of the last row. Whatever was in the cache is gone.
+        """Logits [vocab] of the last row; `visual` has the rows of all pictures, as `together` puts them.
 
-        Raises EngineError where the kept rows of `layout` exceed `capacity`.
+        Whatever was in the cache is gone. Raises EngineError where the kept rows of `layout` exceed `capacity`.
         """
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
@@ -66,11 +70,24 @@ class Engine(Protocol):
         """Frees what the engine holds; it cannot be used afterwards."""
 
 
+def together(pictures: Sequence[Visual]) -> Visual | None:
+    """The rows of several pictures, each as `encode` gave them; None of no picture.
+
+    Runs of one length stand side by side [I, V, D]; others follow one another [1, n, D].
+    """
+    if not pictures:
+        return None
+    if len({each.shape[1] for each in pictures}) == 1:
+        return np.concatenate(pictures)
+    return np.concatenate([each.reshape(1, -1, each.shape[-1]) for each in pictures], axis=1)
+
+
 def check_prefill(layout: TokenLayout, visual: Visual | None, capacity: int) -> None:
     """Raises EngineError where `layout` does not fit the cache or the pictures given."""
-    given = 0 if visual is None else len(visual)
-    if given != len(layout.images):
-        raise EngineError(f"the prompt has {len(layout.images)} pictures and {given} were given")
+    given = 0 if visual is None else visual.shape[0] * visual.shape[1]
+    wanted = sum(image.length for image in layout.images)
+    if given != wanted:
+        raise EngineError(f"the prompt has pictures of {wanted} rows and {given} rows were given")
     if not 0 < layout.num_kept <= capacity:
         raise EngineError(f"a prompt of {layout.num_kept} rows does not fit a KV cache of {capacity}")
 

@@ -59,6 +59,10 @@ def check_options(bundle: Path, manifest: Manifest, options: Options, targets: S
         raise BuildOptionError(
             f"{bundle} is in {contract.precision}, and TensorRT takes fp16; write it as such: {_export(bundle, 'fp16')}"
         )
+    if manifest.config.tiles is not None:
+        raise BuildOptionError(
+            f"{bundle} sees pictures in tiles, and plans for that are not there yet; chat with it without --engine"
+        )
     if options.max_context is not None and options.max_context > contract.max_context:
         raise BuildOptionError(
             f"--max-context {options.max_context} is more than the {contract.max_context} that are baked into {bundle};"

@@ -30,7 +30,7 @@ from svcli_export.agreement import (
     difference,
     excess,
     loosest,
-    match_rows,
+    match_runs,
     row_difference,
     worst,
 )
@@ -71,7 +71,7 @@ class Sample:
 
     name: str
     pixels: Pixels
-    """[1, 3, H, W]."""
+    """[I, 3, H, W], its views."""
     prompt: Prompt
 
 
@@ -80,7 +80,7 @@ class Trace:
     """What one engine made of one sample."""
 
     visual: Visual
-    """[1, V, D]."""
+    """[I, V, D]."""
     logits: tuple[Logits, ...]
     """[vocab] after prefill and after each decode step."""
     tokens: tuple[int, ...]
@@ -202,16 +202,20 @@ def _opened(opener: Opener) -> Engine | Exception:
 
 def samples(processor: Processor, pictures: Mapping[str, Image.Image]) -> list[Sample]:
     """Each picture, by its name, with the question that the export's check asks."""
-    prompt = processor.prompt([Message("user", CHECK_QUESTION, images=1)])
-    room = processor.contract.capacity - prompt.layout.num_kept
-    if room < NUM_TOKENS:
-        raise CompareError(f"the bundle has room for {room} tokens behind a question and {NUM_TOKENS} are compared")
-    return [Sample(name, processor.pixels([picture]), prompt) for name, picture in pictures.items()]
+    made = []
+    for name, picture in pictures.items():
+        cuts = processor.cuts([picture])
+        prompt = processor.prompt([Message("user", CHECK_QUESTION, images=1)], cuts)
+        room = processor.contract.capacity - prompt.layout.num_kept
+        if room < NUM_TOKENS:
+            raise CompareError(f"the bundle has room for {room} tokens behind a question and {NUM_TOKENS} are compared")
+        made.append(Sample(name, processor.views(picture), prompt))
+    return made
 
 
 def trace(engine: Engine, sample: Sample, num_layers: int, forced: Trace | None = None) -> Trace:
     """Runs one sample. `forced` gives the visual rows and tokens to go on with; without it, the engine's own."""
-    visual = engine.encode(sample.pixels)
+    visual = engine.encode(sample.pixels, sample.prompt.cuts[0])
     rows = visual if forced is None else forced.visual.astype(visual.dtype)
     logits = [engine.prefill(sample.prompt.ids, rows, sample.prompt.layout)]
     prompt_cache = _read_cache(engine, num_layers)
@@ -234,8 +238,9 @@ def compare(
     pairs: list[_Pair] = []
     for number, (sample, reference) in enumerate(zip(samples, references, strict=True)):
         progress(engine.name, number, len(samples))
-        pairs.append(_Pair(sample.name, trace(engine, sample, num_layers, reference), reference))
-    stages = [_vision(pairs, samples[0].prompt.layout.images[0], limit)]
+        spans = sample.prompt.layout.images
+        pairs.append(_Pair(sample.name, trace(engine, sample, num_layers, reference), reference, spans))
+    stages = [_vision(pairs, limit)]
     stages += [_step(pairs, step, limit) for step in range(NUM_TOKENS)]
     if final := _layers(pairs, "final_cache", limit):
         stages.append(_stage("cache", [], final, limit))
@@ -263,13 +268,13 @@ class _Pair:
     picture: str
     got: Trace
     wanted: Trace
+    spans: tuple[ImageSpan, ...]
 
 
-def _vision(pairs: Sequence[_Pair], span: ImageSpan, limit: Tolerance) -> Stage:
+def _vision(pairs: Sequence[_Pair], limit: Tolerance) -> Stage:
     found, agreeing = [], []
     for pair in pairs:
-        wanted = pair.wanted.visual[0]
-        got = match_rows(pair.got.visual[0], wanted, span)
+        got, wanted = match_runs(pair.got.visual, pair.wanted.visual, pair.spans)
         found.append((pair.picture, difference(got, wanted)))
         agreeing.append(agreeing_rows(got, wanted, limit))
     rows = agreement_of_all(agreeing)

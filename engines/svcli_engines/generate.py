@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal, TypeVar
 
-import numpy as np
 from PIL import Image
 
-from svcli_engines.base import Engine, Visual
+from skipvision.tiles import Cut
+from svcli_engines.base import Engine, Visual, together
 from svcli_engines.processor import Processor, Prompt, TextStream
 from svcli_engines.sampling import Sampler, Sampling
 from svcli_export.chat import Message
@@ -38,7 +38,7 @@ class Stats:
     num_images: int
     """In the whole conversation."""
     visual_tokens_full: int
-    """Patches, as the plain model would take them."""
+    """As the plain model would take them."""
     visual_tokens_in: int
     """Rows that enter the decoder."""
     visual_tokens_kept: int
@@ -61,6 +61,15 @@ class Stats:
     """Of the tokens after the first; 0 where there are none."""
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A picture of the conversation and its visual rows."""
+
+    image: Image.Image
+    cut: Cut
+    visual: Visual
+
+
 Event = Piece | Stats
 GREEDY = Sampling()
 
@@ -71,14 +80,14 @@ class Conversation:
     def __init__(self, engine: Engine, processor: Processor) -> None:
         self.messages: list[Message] = []
         self._engine, self._processor = engine, processor
-        self._visual: Visual | None = None
+        self._seen: list[_Seen] = []
         self._cached: list[int] = []
         """Ids whose rows are in the engine's cache."""
         engine.reset()
 
     def reset(self) -> None:
         """Forgets everything that was said and shown."""
-        self.messages, self._visual, self._cached = [], None, []
+        self.messages, self._seen, self._cached = [], [], []
         self._engine.reset()
 
     def ask(self, question: str, images: Sequence[Image.Image] = (), sampling: Sampling = GREEDY) -> Iterator[Event]:
@@ -92,13 +101,15 @@ class Conversation:
         self, messages: Sequence[Message], images: Sequence[Image.Image] = (), sampling: Sampling = GREEDY
     ) -> Iterator[Event]:
         """`ask` for messages given as a whole; `images` are those not seen before, in order."""
-        return self._answer(list(messages), self._processor.prompt(messages), images, sampling)
+        cuts = self._processor.cuts([*(seen.image for seen in self._seen), *images])
+        return self._answer(list(messages), self._processor.prompt(messages, cuts), images, sampling)
 
     def _answer(
         self, messages: list[Message], prompt: Prompt, images: Sequence[Image.Image], sampling: Sampling
     ) -> Iterator[Event]:
         engine, start = self._engine, perf_counter()
-        visual, vision_seconds = self._timed(lambda: self._see(images))
+        seen, vision_seconds = self._timed(lambda: self._see(images, prompt.cuts))
+        visual = together([each.visual for each in seen])
         known = len(self._cached)
         extended = not images and 0 < known < len(prompt.ids) and prompt.ids[:known] == self._cached
         rows_before = engine.length if extended else 0
@@ -108,7 +119,7 @@ class Conversation:
             self._cached = []  # should prefill fail, nothing is known of the cache
             logits, prefill_seconds = self._timed(lambda: engine.prefill(prompt.ids, visual, prompt.layout))
         num_prompt_rows = engine.length - rows_before
-        self._cached, self._visual, self.messages = list(prompt.ids), visual, messages
+        self._cached, self._seen, self.messages = list(prompt.ids), seen, messages
         sampler, stream = Sampler(sampling), TextStream(self._processor)
         answer: list[int] = []
         first_token_seconds = decode_seconds = 0.0
@@ -133,18 +144,18 @@ class Conversation:
                 yield Piece(text)
         finally:
             self.messages.append(Message("assistant", self._processor.decode(answer), ids=tuple(answer)))
-        num_images = len(prompt.layout.images)
-        num_patches, span = self._processor.config.vision.num_patches, self._processor.span
-        rows_full = engine.length + num_images * (num_patches - span.num_kept)
+        spans = prompt.layout.images
+        num_full, num_kept = sum(span.num_tokens for span in spans), sum(span.num_kept for span in spans)
+        rows_full = engine.length + num_full - num_kept
         yield Stats(
             engine=engine.name,
             precision=engine.precision,
             stop_reason=stop,
             num_tokens=len(answer),
-            num_images=num_images,
-            visual_tokens_full=num_images * num_patches,
-            visual_tokens_in=num_images * span.length,
-            visual_tokens_kept=num_images * span.num_kept,
+            num_images=len(prompt.cuts),
+            visual_tokens_full=num_full,
+            visual_tokens_in=sum(span.length for span in spans),
+            visual_tokens_kept=num_kept,
             kv_rows_full=rows_full,
             kv_rows=engine.length,
             kv_bytes_full=rows_full * engine.kv_bytes_per_row,
@@ -158,12 +169,19 @@ class Conversation:
             decode_tokens_per_second=num_decoded / decode_seconds if num_decoded else 0.0,
         )
 
-    def _see(self, images: Sequence[Image.Image]) -> Visual | None:
-        """Visual rows of all pictures so far [I, V, D]; each is encoded once."""
-        if not images:
-            return self._visual
-        new = self._engine.encode(self._processor.pixels(images))
-        return new if self._visual is None else np.concatenate([self._visual, new])
+    def _see(self, images: Sequence[Image.Image], cuts: Sequence[Cut]) -> list[_Seen]:
+        """All pictures so far; each is encoded once, unless others behind it change how it is cut."""
+        known = [*self._seen, *(None for _ in images)]
+        all_images = [*(seen.image for seen in self._seen), *images]
+        found = []
+        for image, cut, before in zip(all_images, cuts, known, strict=True):
+            if before is not None and before.cut == cut:
+                found.append(before)
+            else:
+                views = self._processor.views(image, is_alone=len(all_images) == 1)
+                visual = self._engine.encode(views, cut)
+                found.append(_Seen(image, cut, visual))
+        return found
 
     def _timed(self, call: Callable[[], Result]) -> tuple[Result, float]:
         """What `call` returns and the seconds it took, opening of graphs left out."""

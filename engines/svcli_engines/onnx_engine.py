@@ -13,10 +13,22 @@ import numpy.typing as npt
 from onnxruntime import InferenceSession, OrtValue
 
 from skipvision.layout import TokenLayout
-from svcli_engines.base import Logits, Pixels, Visual, check_extend, check_prefill
-from svcli_export.contract import CACHE_PARTS, CachePart, GraphName, past_name, present_name
+from skipvision.tiles import Cut, mosaic
+from svcli_engines.base import EngineError, Logits, Pixels, Visual, check_extend, check_prefill
+from svcli_export.contract import (
+    CACHE_PARTS,
+    MOSAIC_INDEX,
+    MOSAIC_WEIGHT,
+    CachePart,
+    GraphName,
+    past_name,
+    present_name,
+)
 from svcli_export.manifest import Manifest
 from svcli_export.runtime import Provider, open_session
+
+_VIEWS_AT_ONCE = 4
+"""Which bounds what the encoder's attention takes: a view of 1,024 patches has 12 million scores."""
 
 
 class OnnxEngine:
@@ -32,7 +44,7 @@ class OnnxEngine:
         self.name = f"onnxruntime-{provider}"
         self.precision: str = manifest.contract.precision
         self.load_seconds = 0.0
-        self._bundle, self._contract = bundle, manifest.contract
+        self._bundle, self._contract, self._config = bundle, manifest.contract, manifest.config
         self._device: Provider = provider
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
         self._sessions: dict[GraphName, InferenceSession] = {}
@@ -60,16 +72,26 @@ class OnnxEngine:
     def length(self) -> int:
         return self._length
 
-    def encode(self, pixels: Pixels) -> Visual:
-        (visual,) = self._session("vision").run(["visual"], {"pixels": pixels})
-        return np.asarray(visual)
+    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
+        names, session = self._contract.graph("vision").input_names, self._session("vision")
+        if MOSAIC_INDEX in names:
+            if cut is None:
+                raise EngineError("views that are joined need to be told how the picture was cut")
+            pieces = mosaic(self._config, cut)
+            feeds = {"pixels": pixels, MOSAIC_INDEX: pieces.index, MOSAIC_WEIGHT: pieces.weight}
+            (visual,) = session.run(["visual"], {name: feeds[name] for name in names})
+            return np.asarray(visual)
+        parts = [pixels[first : first + _VIEWS_AT_ONCE] for first in range(0, len(pixels), _VIEWS_AT_ONCE)]
+        return np.concatenate([np.asarray(session.run(["visual"], {"pixels": part})[0]) for part in parts])
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         check_prefill(layout, visual, self.capacity)
         spec = self._contract.graph("prefill")
         if visual is None:
-            _, rows, width = next(tensor.shape for tensor in spec.inputs if tensor.name == "visual")
-            visual = np.zeros((0, int(rows), int(width)), self._contract.compute_dtype)
+            shape = next(tensor.shape for tensor in spec.inputs if tensor.name == "visual")
+            visual = np.zeros([each if isinstance(each, int) else 0 for each in shape], self._contract.compute_dtype)
+        elif MOSAIC_INDEX in self._contract.graph("vision").input_names:
+            visual = visual.reshape(1, -1, visual.shape[-1])
         feeds = {
             "input_ids": np.array([input_ids], np.int64),
             "visual": visual,

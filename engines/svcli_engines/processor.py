@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from skipvision.config import ModelConfig
-from skipvision.layout import ImageSpan, TokenLayout
+from skipvision.layout import ImageSpan, TokenLayout, picture_spans
+from skipvision.tiles import Cut, cut_picture
 from svcli_engines.base import Pixels
 from svcli_export.chat import ChatTokenizer, Message
 from svcli_export.contract import Contract
 from svcli_export.manifest import Manifest
-from svcli_export.pixels import to_pixels
+from svcli_export.pixels import to_pixels, to_views
 
 
 class PromptError(ValueError):
@@ -24,10 +25,12 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation as ids, one placeholder for each picture."""
+    """A conversation as ids, one placeholder for each run of visual rows."""
 
     ids: list[int]
     layout: TokenLayout
+    cuts: tuple[Cut, ...] = ()
+    """Of the pictures, in order."""
 
 
 class Processor:
@@ -40,14 +43,23 @@ class Processor:
         self.span = ImageSpan.of(self.config)
         self.contract: Contract = manifest.contract
         self.stop_ids = frozenset(manifest.chat.stop_ids)
-        self._chat = ChatTokenizer.load(bundle, manifest.chat.template)
+        self._chat = ChatTokenizer.load(bundle, manifest.chat.template, manifest.chat.published)
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
         """[I, 3, S, S] of RGB pictures of any size."""
         return np.stack([to_pixels(image, self.manifest.image) for image in images])
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Ids and layout of a conversation that ends with a question.
+    def cuts(self, images: Sequence[Image.Image]) -> tuple[Cut, ...]:
+        """How all pictures of one conversation are cut."""
+        return tuple(cut_picture(self.config, image.height, image.width, len(images) == 1) for image in images)
+
+    def views(self, image: Image.Image, is_alone: bool = True) -> Pixels:
+        """[I, 3, S, S], the views of one RGB picture; `is_alone` where no other is in the conversation."""
+        return to_views(image, self.manifest.image, self.config, is_alone).pixels
+
+    def prompt(self, messages: Sequence[Message], cuts: Sequence[Cut] | None = None) -> Prompt:
+        """Ids and layout of a conversation that ends with a question; `cuts` of its pictures, which are seen once where
+        None are given.
 
         Raises PromptError for an empty question, too many pictures, or more rows than the context has.
         """
@@ -56,14 +68,18 @@ class Processor:
         num_images, most = sum(message.images for message in messages), self.contract.max_images
         if num_images > most:
             raise PromptError(f"{num_images} pictures are more than the {most} that this model was exported for")
-        ids = self._chat.encode(messages)
-        layout = TokenLayout.of(ids, self.manifest.chat.image_id, self.config)
+        cuts = tuple([Cut(*[self.config.vision.image_size] * 2)] * num_images if cuts is None else cuts)
+        if len(cuts) != num_images:
+            raise PromptError(f"the messages have {num_images} pictures and {len(cuts)} were given")
+        ids = self._chat.encode(messages, cuts)
+        spans = [span for cut in cuts for span in picture_spans(self.config, cut)]
+        layout = TokenLayout.of(ids, self.manifest.chat.image_id, self.config, spans)
         # One row more, for the first token of the answer.
         if layout.num_kept + 1 > self.contract.capacity:
             raise PromptError(
                 f"the conversation needs {layout.num_kept + 1} rows of context and there are {self.contract.capacity}"
             )
-        return Prompt(ids, layout)
+        return Prompt(ids, layout, cuts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision.layout import FOREVER, TokenLayout
+from skipvision.tiles import Cut
 from svcli_engines.base import EngineError, Logits, Pixels, Visual, check_extend, check_prefill
 from svcli_engines.cuda import Cuda, CudaRuntime
 from svcli_engines.plans import (
@@ -115,7 +116,9 @@ class TensorRTEngine:
     def length(self) -> int:
         return self._length
 
-    def encode(self, pixels: Pixels) -> Visual:
+    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
+        if cut is not None and cut.rows:
+            raise EngineError("plans for pictures in tiles are not there yet")
         most = self._phases["vision"].ranges["pixels"][1][0]
         parts = [pixels[first : first + most] for first in range(0, len(pixels), most)]
         return np.concatenate([self._run("vision", {"pixels": part}, "visual", len(part)) for part in parts])

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from skipvision.cost import kv_bytes
 from skipvision.layout import BatchLayout, TokenLayout
+from skipvision.tiles import Cut
 from svcli_engines.base import Logits, MachineError, Pixels, Visual, check_extend, check_prefill
 from svcli_engines.torch_steps import Step, capture, compile_step, is_compilers, reason
 from svcli_export.contract import CachePart
@@ -119,11 +120,12 @@ class TorchEngine:
     def length(self) -> int:
         return self._length
 
-    def encode(self, pixels: Pixels) -> Visual:
+    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
         import torch
 
+        given = torch.from_numpy(pixels).to(self._device, self._dtype)
         with torch.no_grad():
-            return _numpy(self._model.encode_images(torch.from_numpy(pixels).to(self._device, self._dtype)))
+            return _numpy(self._model.encode_images(given) if cut is None else self._model.encode_picture(given, cut))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         import torch

@@ -135,8 +135,9 @@ def agreeing_rows(got: Floats, reference: Floats, limit: Tolerance) -> RowAgreem
 
 
 def agreement_of_all(pictures: Sequence[RowAgreement]) -> RowAgreement:
-    """Of pictures with equally many rows."""
-    return RowAgreement(sum(each.share for each in pictures) / len(pictures), pictures[0].num_rows)
+    """Of all pictures' rows together; `num_rows` of the picture with the fewest."""
+    rows = sum(each.num_rows for each in pictures)
+    return RowAgreement(sum(each.share * each.num_rows for each in pictures) / rows, min(p.num_rows for p in pictures))
 
 
 def excess(difference: Difference, limit: Tolerance, rows: RowAgreement | None = None) -> list[str]:
@@ -176,6 +177,17 @@ def match_rows(got: Floats, reference: Floats, span: ImageSpan) -> Floats:
             distances = (found**2).sum(1) - 2 * wanted @ found.T
             matched[group] = got[group[distances.argmin(axis=1)]]
     return matched
+
+
+def match_runs(got: Floats, reference: Floats, spans: Sequence[ImageSpan]) -> tuple[Floats, Floats]:
+    """Both [I, V, D] as [n, D], the rows of each of the runs `spans` of `got` in the reference's order."""
+    left, right = (rows.reshape(-1, rows.shape[-1]) for rows in (got, reference))
+    if left.shape != right.shape:
+        return left, right
+    starts = np.cumsum([0, *(span.length for span in spans)])
+    runs = [slice(start, start + span.length) for start, span in zip(starts, spans, strict=False)]
+    matched = [match_rows(left[run], right[run], span) for run, span in zip(runs, spans, strict=True)]
+    return np.concatenate(matched), right
 
 
 def drawn_cards() -> list[Image.Image]:

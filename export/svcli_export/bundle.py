@@ -137,11 +137,9 @@ def _with_skip(model: SkipVisionModel, skip: Skip | None) -> SkipVisionModel:
     trained = model.config.skip
     override = _setting(trained, skip)
     if override is not None and override.selector == "random":
-        raise ExportError("skip.selector random draws anew at each call; export with cls_attention or uniform")
+        raise ExportError("skip.selector random draws anew at each call; export with another selector")
     if override == trained:
         return model
-    if override is not None and trained is None:
-        raise ExportError("this is a plain model and has no summary layer, so it cannot skip; train it with skipping")
     return model.with_skip(override)
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from skipvision.config import ModelConfig
-from skipvision.layout import ImageSpan
+from skipvision.layout import ImageSpan, largest_spans
+from skipvision.tiles import most_tokens
 
 Precision = Literal["fp32", "fp16", "int8"]
 DType = Literal["float32", "float16", "int64"]
@@ -20,6 +21,7 @@ CachePart = Literal["key", "value"]
 OPSET = 23
 """The newest that ONNX Runtime 1.23 reads, the last one for Python 3.10."""
 CUSTOM_DOMAIN = "svcli"
+MOSAIC_INDEX, MOSAIC_WEIGHT = "mosaic_index", "mosaic_weight"
 CACHE_PARTS: tuple[CachePart, ...] = ("key", "value")
 _BYTES = {"float32": 4, "float16": 2, "int64": 8}
 
@@ -107,15 +109,24 @@ def present_name(layer: int, part: CachePart) -> str:
 
 
 def build_contract(config: ModelConfig, max_context: int, max_images: int, precision: Precision) -> Contract:
-    """The contract of a model. Raises ContractError where pictures leave no room for text."""
-    span, text, patches = ImageSpan.of(config), config.text, config.vision.num_patches
-    capacity = max_context - max_images * (patches - span.num_kept)
+    """The contract of a model.
+
+    Raises ContractError where pictures leave no room for text, or for more positions than the model was made for.
+    """
+    spans, text, tokens = largest_spans(config), config.text, most_tokens(config)
+    capacity = max_context - max_images * (tokens - sum(span.num_kept for span in spans))
+    max_positions = capacity + max_images * sum(span.num_skipped for span in spans)
     if max_images < 1:
         raise ContractError(f"max_images must be at least 1, not {max_images}")
-    if max_context <= max_images * patches:
+    if max_context <= max_images * tokens:
         raise ContractError(
-            f"max_context {max_context} leaves no room for text beside {max_images} x {patches} visual tokens;"
-            f" ask for more than {max_images * patches}"
+            f"max_context {max_context} leaves no room for text beside {max_images} x {tokens} visual tokens;"
+            f" ask for more than {max_images * tokens}"
+        )
+    if text.max_positions and max_positions > text.max_positions:
+        raise ContractError(
+            f"max_context {max_context} needs {max_positions} positions, and the model was made for"
+            f" {text.max_positions}; ask for less"
         )
     return Contract(
         precision=precision,
@@ -123,7 +134,7 @@ def build_contract(config: ModelConfig, max_context: int, max_images: int, preci
         max_images=max_images,
         capacity_full=max_context,
         capacity=capacity,
-        max_positions=capacity + max_images * span.num_skipped,
+        max_positions=max_positions,
         num_layers=text.num_layers,
         num_kv_heads=text.num_kv_heads,
         head_dim=text.head_dim,
@@ -136,33 +147,44 @@ def build_contract(config: ModelConfig, max_context: int, max_images: int, preci
 
 
 def _vision(config: ModelConfig, precision: Precision) -> GraphSpec:
-    size, rows, width = config.vision.image_size, ImageSpan.of(config).length, config.text.hidden_size
-    pixels = TensorSpec(
-        name="pixels",
-        dtype="float32",
-        shape=("num_images", 3, size, size),
-        meaning="normalised by the manifest's values",
+    size, tiles = config.vision.image_size, config.tiles
+    is_joined = tiles is not None and tiles.is_joined
+    views = "num_views" if is_joined else "num_images"
+    inputs = [
+        TensorSpec(
+            name="pixels",
+            dtype="float32",
+            shape=(views, 3, size, size),
+            meaning="normalised by the manifest's values" + ("; one picture, thumbnail first" if is_joined else ""),
+        )
+    ]
+    if tiles is not None and is_joined:
+        taken = 4 if tiles.max_tiles else 1
+        places = "rows of the table of all views' tokens, and last the newline, that each token is taken from"
+        inputs.append(TensorSpec(name=MOSAIC_INDEX, dtype="int64", shape=(taken, "num_tokens"), meaning=places))
+        if tiles.max_tiles:
+            meaning = "shares of those rows in the token"
+            inputs.append(TensorSpec(name=MOSAIC_WEIGHT, dtype="float32", shape=(taken, "num_tokens"), meaning=meaning))
+    visual = _visual(config, precision, "visual rows in attention order: retained, summary, skipped, summary")
+    return GraphSpec(name="vision", inputs=tuple(inputs), outputs=(visual,))
+
+
+def _visual(config: ModelConfig, precision: Precision, meaning: str) -> TensorSpec:
+    """Runs of equal length side by side; or else, of joined tiles, one behind the other."""
+    is_joined = config.tiles is not None and config.tiles.is_joined
+    shape = (1, "num_visual") if is_joined else ("num_images", ImageSpan.of(config).length)
+    return TensorSpec(
+        name="visual", dtype=compute_dtype(precision), shape=(*shape, config.text.hidden_size), meaning=meaning
     )
-    visual = TensorSpec(
-        name="visual",
-        dtype=compute_dtype(precision),
-        shape=("num_images", rows, width),
-        meaning="visual rows in attention order: retained, summary, skipped, summary",
-    )
-    return GraphSpec(name="vision", inputs=(pixels,), outputs=(visual,))
 
 
 def _prefill(config: ModelConfig, capacity: int, precision: Precision) -> GraphSpec:
-    span, width = ImageSpan.of(config), config.text.hidden_size
-    dtype = compute_dtype(precision)
+    placeholders = (
+        "one placeholder id per image" if config.tiles is None else "one placeholder id per run of visual rows"
+    )
     inputs = [
-        TensorSpec(name="input_ids", dtype="int64", shape=(1, "num_ids"), meaning="one placeholder id per image"),
-        TensorSpec(
-            name="visual",
-            dtype=dtype,
-            shape=("num_images", span.length, width),
-            meaning="from `vision`; none for text only",
-        ),
+        TensorSpec(name="input_ids", dtype="int64", shape=(1, "num_ids"), meaning=placeholders),
+        _visual(config, precision, "from `vision`; none for text only"),
         TensorSpec(
             name="source",
             dtype="int64",
@@ -174,7 +196,7 @@ def _prefill(config: ModelConfig, capacity: int, precision: Precision) -> GraphS
             name="visible_until", dtype="int64", shape=(1, "num_rows"), meaning="last position that may look at the row"
         ),
     ]
-    if span.num_skipped:
+    if config.num_skipped:
         inputs.append(
             TensorSpec(
                 name="kept_index", dtype="int64", shape=(1, "num_kept"), meaning="rows that survive in the KV cache"

@@ -50,13 +50,13 @@ class DecoderGraph(GraphBuilder):
     def key_value(self, normed: str, layer: int, positions: str) -> dict[CachePart, str]:
         """Rotated key and value of one layer, both [1, n, G*d]."""
         module = f"decoder.layers.{layer}.attention"
-        key = self.linear(normed, f"{module}.k", bias=False)
+        key = self.linear(normed, f"{module}.k", bias=self.text.qkv_bias)
         rotated = self.rotate(key, positions, self.text.num_kv_heads, "attention.k_rotated")
-        return {"key": rotated, "value": self.linear(normed, f"{module}.v", bias=False)}
+        return {"key": rotated, "value": self.linear(normed, f"{module}.v", bias=self.text.qkv_bias)}
 
     def query(self, normed: str, layer: int, positions: str) -> str:
         """Rotated query [1, n, H*d]."""
-        query = self.linear(normed, f"decoder.layers.{layer}.attention.q", bias=False)
+        query = self.linear(normed, f"decoder.layers.{layer}.attention.q", bias=self.text.qkv_bias)
         return self.rotate(query, positions, self.text.num_heads, "attention.q_rotated")
 
     def heads(self, flat: str, num_heads: int, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,6 +16,10 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 _REMEDY = "re-export it with `svcli export`"
+
+Fit = Literal["pad", "pad_first", "crop", "stretch"]
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+Transparency = Literal["white", "dropped"]
 
 
 class BundleError(ValueError):
@@ -31,23 +35,44 @@ class _Strict(BaseModel):
 
 
 class ImageProcessing(_Strict):
-    """How a picture becomes pixels: padded to a square with the mean colour, resized, normalised."""
+    """How a picture becomes pixels: made square, resized, normalised. How one is cut, the model's `tiles` say."""
 
     image_size: int
+    """Side of one view in pixels."""
     mean: tuple[float, float, float]
     """Per channel, of values in 0..1; also the colour of the padding."""
     std: tuple[float, float, float]
+    fit: Fit = "pad"
+    """How a picture that is not cut becomes square: resized, then padded; `pad_first`, padded, then resized; `crop`,
+    its shorter side resized, the middle of the longer kept; `stretch`, resized without regard to its proportions."""
+    resample: Resample = "bicubic"
+    """Pillow's filter."""
+    transparency: Transparency = "white"
+    """What is behind transparent parts: white, or, with transparency `dropped`, whatever colour they carry."""
+
+
+class PublishedPrompt(_Strict):
+    """How a model published for transformers is spoken to, beside its template."""
+
+    variables: dict[str, str]
+    """What the template may read beside the messages: `bos_token`, `eos_token` and the like."""
+    image_token: str
+    """What the template writes for one picture."""
+    tags: bool
+    """Whether each view has a placeholder of its own, tagged with its row and column (SmolVLM)."""
 
 
 class ChatFormat(_Strict):
     """How messages become ids."""
 
     template: str
-    """Jinja2, over `messages` of {role, images: int, content: str}."""
+    """Jinja2, over `messages` of {role, images: int, content: str}, or as `published` models have them: {role,
+    content}, content being parts of {type: image} and {type: text, text: str}."""
     image_id: int
-    """Placeholder id of one picture."""
+    """Placeholder id of one run of visual rows."""
     stop_ids: tuple[int, ...]
     """Ids that end an answer."""
+    published: PublishedPrompt | None = None
 
 
 class FileEntry(_Strict):

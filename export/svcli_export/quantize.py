@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from skipvision.config import ModelConfig
+from skipvision.config import RANKED, ModelConfig
 from skipvision.decoder import rope_table
 from skipvision.model import SkipVisionModel
 from svcli_export.contract import Contract
@@ -37,7 +37,7 @@ def quantize_channels(matrix: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.i
 
 def num_blocks_read(config: ModelConfig) -> int:
     """Layers of the encoder that something reads; later ones are not exported."""
-    ranked = config.skip is not None and config.skip.selector == "cls_attention"
+    ranked = config.skip is not None and config.skip.selector in RANKED
     return max(*config.vision.feature_layers, config.vision.select_layer if ranked else 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 
 from svcli import ui
 from svcli.errors import UsageError
+from svcli.models import model_folder
 from svcli.settings import bundled_model
 from svcli.skip_option import parse_counts
 
@@ -40,8 +41,8 @@ def cost(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="Folder with a config.json, checkpoint, bundle, or the name of a known model; the bundled one if left"
-            " out.",
+            help="Folder with a config.json, checkpoint, bundle, the name of a known model, or owner/name of one on the"
+            " hub; the bundled one if left out.",
         ),
     ] = None,
     preset: Annotated[
@@ -83,17 +84,22 @@ def cost(
 
 
 def find_model(name: str | None) -> Subject:
-    """Raises UsageError for what is neither folder nor known; ConfigError, BundleError for a broken one."""
+    """Raises UsageError for what is neither folder nor known nor an id; ConfigError, BundleError for a broken one;
+    HubError where config.json cannot be had.
+    """
     from skipvision.families import KNOWN_MODELS, known_model
+    from skipvision.hub import HubId
 
     folder = bundled_model() if name is None else Path(name)
     if folder.is_dir():
         return _of_folder(folder)
     known = known_model(str(name))
-    if known is None:
-        names = ", ".join(KNOWN_MODELS)
-        raise UsageError(f"{name}: no such folder, and no known model; known are {names}")
-    return Subject(str(name), known.config, known)
+    if known is not None:
+        return Subject(str(name), known.config, known)
+    if HubId.of(str(name)) is not None:
+        return replace(_of_folder(model_folder(str(name), with_weights=False)), name=str(name))
+    names = ", ".join(KNOWN_MODELS)
+    raise UsageError(f"{name}: no such folder, and no known model; known are {names}")
 
 
 def _of_folder(folder: Path) -> Subject:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from svcli import ui
+from svcli.models import model_folder
 from svcli.skip_option import parse_counts
 
 
@@ -22,7 +23,11 @@ class Precision(str, Enum):
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder that `svcli train` wrote, or another bundle.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Checkpoint folder, another bundle, or a model on the hub: owner/name, or owner/name@revision.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Bundle folder to write.")],
     precision: Annotated[Precision, typer.Option(help="How weights are stored.")] = Precision.INT8,
@@ -57,11 +62,12 @@ def export(
     What another bundle has rounded stays rounded.
     """
     setting = parse_skip(skip)
+    folder = model_folder(source)
     from svcli_export.bundle import export_bundle
 
     with ui.Progress() as progress:
         manifest = export_bundle(
-            source,
+            folder,
             output,
             precision=precision.value,
             max_context=max_context,

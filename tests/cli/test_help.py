@@ -14,7 +14,18 @@ import skipvision
 from svcli.app import app
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"PIL", "jinja2", "numpy", "onnx", "onnxruntime", "safetensors", "tokenizers", "torch"}
+HEAVY = {
+    "PIL",
+    "httpx",
+    "huggingface_hub",
+    "jinja2",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "safetensors",
+    "tokenizers",
+    "torch",
+}
 COMMANDS = ("chat", "inspect", "cost", "verify", "doctor", "export", "build-engine", "train", "data")
 
 

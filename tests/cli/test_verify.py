@@ -147,7 +147,7 @@ def test_values_that_are_not_numbers_are_null_in_json(
     bundle: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = OnnxEngine.encode
-    monkeypatch.setattr(OnnxEngine, "encode", lambda self, pixels: encode(self, pixels) * np.nan)
+    monkeypatch.setattr(OnnxEngine, "encode", lambda self, pixels, cut=None: encode(self, pixels, cut) * np.nan)
     said = told(bundle, "--images", picture, "--engines", "onnxruntime", code=1)
     vision = said["engines"][0]["stages"][0]
     assert (vision["max_error"], vision["cosine"], vision["norm_ratio"]) == (None, -1.0, None)

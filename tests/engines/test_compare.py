@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from skipvision.layout import ImageSpan
+from skipvision.tiles import Cut
 from svcli.settings import bundled_model
 from svcli_engines.base import Engine, Logits, Pixels, Visual
 from svcli_engines.compare import CompareError, Comparison, Sample, Trace, compare, samples, trace, verify_engines
@@ -298,8 +299,8 @@ def lose_a_scale(path: Path) -> None:
 @pytest.mark.parametrize("stage", ["vision", "prefill", "decode 1"])
 def test_values_that_are_not_numbers_are_found(case: Case, stage: str) -> None:
     class Broken(OnnxEngine):
-        def encode(self, pixels: Pixels) -> Visual:
-            visual = super().encode(pixels)
+        def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
+            visual = super().encode(pixels, cut)
             return visual * np.nan if stage == "vision" else visual
 
         def _run(self, graph: GraphName, feeds: Any) -> Logits:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from skipvision.layout import TokenLayout
+from skipvision.tiles import Cut
 from svcli_engines.base import Logits, Pixels, Visual
 from svcli_engines.generate import Conversation, Event, Piece, Stats, generate
 from svcli_engines.onnx_engine import OnnxEngine
@@ -40,7 +41,7 @@ class Scripted:
         logits[next(self._tokens)] = 1
         return logits
 
-    def encode(self, pixels: Pixels) -> Visual:
+    def encode(self, pixels: Pixels, _cut: Cut | None = None) -> Visual:
         self.calls.append(("encode", len(pixels)))
         return np.zeros((len(pixels), 12, 32), np.float32)
 

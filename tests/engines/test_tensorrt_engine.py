@@ -287,7 +287,7 @@ def test_misuse_is_refused(skip: Exported) -> None:
     engine = start(skip).engine
     with pytest.raises(EngineError, match="prefill first"):
         engine.extend([5])
-    with pytest.raises(EngineError, match="1 pictures and 0 were given"):
+    with pytest.raises(EngineError, match="pictures of 12 rows and 0 rows were given"):
         engine.prefill([IMAGE, 5], None, TokenLayout.of([IMAGE, 5], IMAGE, skip.manifest.config))
     prefill(engine, skip, PROMPTS["text only"])
     engine.reset()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from skipvision.checkpoint import save_checkpoint
-from skipvision.config import ModelConfig, SkipConfig, TextConfig, VisionConfig
+from skipvision.config import ModelConfig, SkipConfig, TextConfig, TilesConfig, VisionConfig
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
@@ -57,10 +57,38 @@ def tiny_config(skip: SkipConfig | None = SKIP, *, tied: bool = True, clip: bool
     return ModelConfig(tower, text, skip, projector_size=32, projector_norm=False, projector_position=False)
 
 
+def family_config(family: str, skip: SkipConfig | None = None) -> ModelConfig:
+    """As the family has it; one view is 16 tokens."""
+    plain = tiny_config(None, clip=True)
+    siglip = replace(plain.vision, activation="gelu_tanh", has_cls=False, embedding_norm=False, select_layer=2)
+    sides = tuple((lines * IMAGE_SIZE, columns * IMAGE_SIZE) for lines in (1, 2, 3) for columns in (1, 2, 3))
+    if family == "llava":
+        return replace(plain, skip=skip)
+    if family == "llava_next":
+        return replace(plain, skip=skip, tiles=TilesConfig(sides[1:5]))
+    if family == "llava_onevision":  # the patches leave an edge over
+        siglip = replace(siglip, patch_size=6)
+        tiles = TilesConfig(sides, max_tiles=2, among_others=False)
+        text = replace(plain.text, qkv_bias=True)
+        return replace(plain, vision=siglip, text=text, skip=skip, tiles=tiles)
+    assert family == "smolvlm"
+    siglip = replace(siglip, image_size=32, patch_size=4, output_norm=True, feature_layers=(3,))
+    tiles = TilesConfig(longest_edge=64)
+    return replace(plain, vision=siglip, skip=skip, tiles=tiles, projector="linear", pixel_shuffle=2)
+
+
+FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm")
+
+
 def tiny_model(skip: SkipConfig | None = SKIP, *, tied: bool = True, clip: bool = False) -> SkipVisionModel:
     """Random, but with norms, biases and positions that are not 0 or 1, so that a lost one shows."""
+    return drawn(tiny_config(skip, tied=tied, clip=clip))
+
+
+def drawn(config: ModelConfig) -> SkipVisionModel:
+    """The same of any sizes."""
     generator = torch.Generator().manual_seed(0)
-    model = SkipVisionModel(tiny_config(skip, tied=tied, clip=clip)).eval()
+    model = SkipVisionModel(config).eval()
 
     def draw(tensor: torch.Tensor, mean: float, std: float) -> None:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
@@ -74,7 +102,7 @@ def tiny_model(skip: SkipConfig | None = SKIP, *, tied: bool = True, clip: bool 
                 draw(parameter, 0.0, parameter.shape[-1] ** -0.5)
         draw(model.vision.position, 0.0, 1.0)
         draw(model.decoder.embed.weight, 0.0, 0.5)
-        if not tied:
+        if not config.text.tie_embeddings:
             assert isinstance(model.decoder.head, nn.Linear)
             draw(model.decoder.head.weight, 0.0, 0.5)
     return model

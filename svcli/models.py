@@ -1,0 +1,29 @@
+"""Models as they are named on the command line: a folder, or an id on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from svcli import ui
+
+
+def model_folder(name: str, *, with_weights: bool = True) -> Path:
+    """The folder of the model, fetched from the hub if it must be, with a bar on stderr.
+
+    Raises what `skipvision.hub.find_model` does, and UnreachableError where the network goes in between.
+    """
+    from skipvision.hub import find_model
+
+    notes: list[str] = []
+    with ui.Progress() as progress:
+        folder = find_model(
+            name,
+            with_weights=with_weights,
+            progress=lambda what, done, total: progress.update(
+                what, done, max(total, 1), f"{ui.size(done)} of {ui.size(total)}"
+            ),
+            note=notes.append,
+        )
+    for sentence in notes:
+        ui.note(sentence)
+    return folder
