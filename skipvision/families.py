@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skipvision.config import ConfigError, ModelConfig, TextConfig, TilesConfig, VisionConfig, require
@@ -83,6 +83,14 @@ _TEXT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _POSITIONS: Mapping[str, int] = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768}
 """max_position_embeddings by default."""
 
+_ORIGINAL_VALUES: Mapping[str, Any] = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+}
+"""Of LLaVA's own config.json; the only ones that are computed here."""
+
 _NEXT_SIZES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """Of LLaVA-NeXT, where a config.json names none."""
 _ONEVISION_SIZES = tuple((384 * lines, 384 * columns) for lines in range(1, 7) for columns in range(1, 7))
@@ -113,8 +121,16 @@ FAMILIES: Mapping[str, Family] = {
     "llava_onevision": Family("LLaVA-OneVision", ("siglip_vision_model",), "as a whole and in tiles, one run"),
     "smolvlm": _SMOLVLM,
     "idefics3": _SMOLVLM,
+    "llava_llama": Family("LLaVA-1.5, as its authors' code saves it", ("clip_vision_model",), "once"),
 }
 """By `model_type`. The first SmolVLMs were published as idefics3."""
+NAME_TOWER = "name the folder of that vision tower (--vision-tower)"
+_ORIGINAL = "llava_llama"
+"""What LLaVA's own code saves. Its first versions called that `llava`, as transformers does its own models."""
+_WHOLE_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""Pairs of a vision and a text model, and the first of them."""
+_NEW_FEATURE_LAYER = -2
+"""Which hidden state of a tower alone is read: LLaVA's choice."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,8 @@ class KnownModel:
     family: Family
     config: ModelConfig
     """Without skipping."""
+    tower: str | None = None
+    """What its authors call the vision tower, which the checkpoint may leave out."""
 
     @property
     def num_parameters(self) -> int:
@@ -138,13 +156,69 @@ class KnownModel:
         return sum(token_counts(self.config, cut_picture(self.config, height, width)))
 
 
-def read_model(text: str, preprocessor: str | None = None) -> KnownModel:
-    """The model of a config.json, and of the preprocessor_config.json beside it.
+def read_model(text: str, preprocessor: str | None = None, tower: str | None = None) -> KnownModel:
+    """The model of a config.json, and of the preprocessor_config.json beside it; `tower` is the config.json of a
+    vision tower that the model leaves out.
 
     Raises ConfigError for what is none, an unknown family, tower or decoder.
     """
     data, processing = (_object(each) if each is not None else {} for each in (text, preprocessor))
-    return parse_model(data, processing)
+    return parse_model(data, processing, None if tower is None else _object(tower))
+
+
+def read_tower(text: str, preprocessor: str | None = None) -> VisionConfig:
+    """The vision tower of a config.json: of one alone, of one with its text half, or of a known model.
+
+    A tower alone is read as LLaVA reads it. Raises ConfigError for what is none.
+    """
+    data, processing = (_object(each) if each is not None else {} for each in (text, preprocessor))
+    vision = _tower(data, processing)
+    processing = processing.get("image_processor", processing)
+    mean, std = _colour(processing, "image_mean"), _colour(processing, "image_std")
+    return replace(vision, image_mean=mean or vision.image_mean, image_std=std or vision.image_std)
+
+
+def _colour(processing: Mapping[str, Any], name: str) -> tuple[float, float, float] | None:
+    given = processing.get(name)
+    if given is None:
+        return None
+    try:
+        red, green, blue = map(float, given)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}: expected three numbers, got {given!r}") from None
+    return red, green, blue
+
+
+def _tower(data: Mapping[str, Any], processing: Mapping[str, Any]) -> VisionConfig:
+    kind = str(data.get("model_type"))
+    if kind in FAMILIES:
+        return parse_model(data, processing).config.vision
+    alone = _alone(data)
+    known = ", ".join((*_WHOLE_TOWERS, *_WHOLE_TOWERS.values(), *FAMILIES))
+    require(alone is not None, f"no vision tower: model_type={data.get('model_type')!r}; known: {known}")
+    return _vision(_completed({"vision_config": alone}, "vision_config", _VISION_DEFAULTS), _NEW_FEATURE_LAYER)
+
+
+def _alone(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the config.json of a vision model, or of a pair with one, says of it; None for anything else."""
+    kind = str(data.get("model_type"))
+    given = data.get("vision_config") if kind in _WHOLE_TOWERS else data
+    kind = _WHOLE_TOWERS.get(kind, kind)
+    return {**given, "model_type": kind} if isinstance(given, Mapping) and kind in _WHOLE_TOWERS.values() else None
+
+
+def read_decoder(text: str) -> TextConfig:
+    """The decoder of a config.json: of a causal language model, or of a known model. Raises ConfigError for what is
+    none."""
+    data = _object(text)
+    kind = str(data.get("model_type"))
+    if _is_original(data):
+        return _original_text(data)
+    if kind in FAMILIES:
+        return parse_model(data).config.text
+    known = ", ".join((*_TEXT_DEFAULTS, *FAMILIES))
+    require(kind in _TEXT_DEFAULTS, f"no text decoder: model_type={data.get('model_type')!r}; known: {known}")
+    return _text(_completed({"text_config": data}, "text_config", _TEXT_DEFAULTS))
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -156,8 +230,13 @@ def _object(text: str) -> dict[str, Any]:
     return dict(data)
 
 
-def parse_model(data: Mapping[str, Any], processing: Mapping[str, Any] | None = None) -> KnownModel:
+def parse_model(
+    data: Mapping[str, Any], processing: Mapping[str, Any] | None = None, tower: Mapping[str, Any] | None = None
+) -> KnownModel:
     """The same, of what was read."""
+    if _is_original(data):
+        return _original(data, tower)
+    require(tower is None, "this model has a vision tower of its own, and takes no other")
     kind = str(data.get("model_type"))
     family = FAMILIES.get(kind)
     if family is None:
@@ -199,6 +278,39 @@ def _llava(kind: str, data: Mapping[str, Any], vision_data: Mapping[str, Any], t
         projector_norm=False,
         projector_position=False,
     )
+
+
+def _is_original(data: Mapping[str, Any]) -> bool:
+    kind = data.get("model_type")
+    return kind == _ORIGINAL or (kind == "llava" and "mm_vision_tower" in data and "text_config" not in data)
+
+
+def _original(data: Mapping[str, Any], tower: Mapping[str, Any] | None) -> KnownModel:
+    """What the code of LLaVA's authors saves, and what was built on it: a decoder's config.json with `mm_` in it."""
+    for field, value in _ORIGINAL_VALUES.items():
+        _same(field, data.get(field), value)
+    aspect = data.get("image_aspect_ratio")
+    require(aspect in (None, "square", "pad"), f"image_aspect_ratio: {aspect!r} is not computed here, only 'pad'")
+    name = data.get("mm_vision_tower")
+    require(isinstance(name, str), "mm_vision_tower is missing")
+    assert isinstance(name, str)
+    sizes = _TOWER_SIZES.get(name.rstrip("/").rpartition("/")[2]) if tower is None else _alone(tower)
+    require(tower is None or sizes is not None, "the vision tower is no CLIP model")
+    require(sizes is not None, f"the sizes of mm_vision_tower {name} are not known; {NAME_TOWER}")
+    known = {kind: _VISION_DEFAULTS[kind] for kind in FAMILIES[_ORIGINAL].tower}
+    vision_data = _completed({"vision_config": sizes}, "vision_config", known)
+    width = data.get("mm_hidden_size", vision_data["hidden_size"])
+    require(
+        width == vision_data["hidden_size"],
+        f"mm_hidden_size {width} is not the width of the vision tower, {vision_data['hidden_size']}",
+    )
+    layer = {"vision_feature_layer": data.get("mm_vision_select_layer", -2)}
+    return KnownModel(FAMILIES[_ORIGINAL], _llava("llava", layer, vision_data, _original_text(data)), name)
+
+
+def _original_text(data: Mapping[str, Any]) -> TextConfig:
+    part = {**data, "model_type": "llama"}
+    return _text(_completed({"text_config": part}, "text_config", _TEXT_DEFAULTS))
 
 
 def _sizes(data: Mapping[str, Any], default: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -335,6 +447,11 @@ _CLIP_L_336: Mapping[str, Any] = {
     "image_size": 336,
     "patch_size": 14,
 }
+_TOWER_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "clip-vit-large-patch14-336": _CLIP_L_336,
+    "clip-vit-large-patch14": {**_CLIP_L_336, "image_size": 224},
+}
+"""By name, for a checkpoint that does not say them."""
 _VICUNA_13B: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32064,

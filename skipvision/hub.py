@@ -22,6 +22,7 @@ from skipvision.hub_errors import HubError, NoModelError, NoRoomError, Unreachab
 Progress = Callable[[str, int, int], None]
 """What is done, bytes so far, bytes in all."""
 Note = Callable[[str], None]
+Check = Callable[[str], object]
 """Takes a sentence that the user should read, though nothing went wrong."""
 
 LARGEST_MODEL = 200 * 10**9
@@ -68,12 +69,14 @@ def find_model(
     name: str,
     *,
     with_weights: bool = True,
+    check: Check = read_model,
     progress: Progress = lambda _what, _done, _total: None,
     note: Note = lambda _sentence: None,
 ) -> Path:
     """The folder of a model: `name` where it is one, or else the hub's snapshot of that id, fetched if it must be.
 
-    Without weights it holds config.json alone. Where the hub cannot be reached, what was fetched whole before is
+    Without weights it holds config.json alone. `check` is asked whether the text of a config.json is that of a model
+    that can be loaded, and raises ConfigError. Where the hub cannot be reached, what was fetched whole before is
     used, and `note` told so. Raises NoModelError for a name with no model behind it, or none that can be loaded;
     ConfigError for an unknown family, before any weight is asked for; NoRoomError for too small a disk; HubError for
     what the hub, or the way to it, refuses.
@@ -101,7 +104,7 @@ def find_model(
         if not error.is_wanted:
             note(f"{wanted}: {error}; what was downloaded before is used")
         return downloaded
-    return found.fetch(progress) if with_weights else found.fetch_config()
+    return found.fetch(progress, check) if with_weights else found.fetch_config()
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ class _Repository:
             raise HubError(f"{self.id} was changed on the hub in this moment; run the command again")
         return folder
 
-    def fetch(self, progress: Progress) -> Path:
+    def fetch(self, progress: Progress, check: Check) -> Path:
         if _INDEX not in self.sizes and _SINGLE not in self.sizes:
             raise NoModelError(self._no_weights())
         folder = self.fetch_config()
-        self._check_family(folder / _CONFIG)
+        self._check_family(folder / _CONFIG, check)
         weights = [_SINGLE]
         if _INDEX in self.sizes:
             weights = shards(self._fetched(_INDEX))
@@ -157,9 +160,9 @@ class _Repository:
             )
         return f"{self.id} on the hub has no weights: neither {_SINGLE} nor {_INDEX}"
 
-    def _check_family(self, config: Path) -> None:
+    def _check_family(self, config: Path, check: Check) -> None:
         try:
-            read_model(config.read_text(encoding="utf-8"))
+            check(config.read_text(encoding="utf-8"))
         except (ConfigError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.id}: config.json: {error}") from None
 

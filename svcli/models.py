@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from svcli import ui
 
 
-def model_folder(name: str, *, with_weights: bool = True) -> Path:
+def model_folder(name: str, *, with_weights: bool = True, check: Callable[[str], object] | None = None) -> Path:
     """The folder of the model, fetched from the hub if it must be, with a bar on stderr.
 
-    Raises what `skipvision.hub.find_model` does, and UnreachableError where the network goes in between.
+    `check` is asked whether a config.json is that of a model that is wanted; one of a known family if left out. Raises what `skipvision.hub.find_model` does, and UnreachableError where the network goes in between.
     """
+    from skipvision.families import read_model
     from skipvision.hub import find_model
 
     notes: list[str] = []
@@ -19,6 +21,7 @@ def model_folder(name: str, *, with_weights: bool = True) -> Path:
         folder = find_model(
             name,
             with_weights=with_weights,
+            check=check or read_model,
             progress=lambda what, done, total: progress.update(
                 what, done, max(total, 1), f"{ui.size(done)} of {ui.size(total)}"
             ),

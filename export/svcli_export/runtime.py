@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
+from skipvision.config import ModelConfig
+from skipvision.tiles import Cut, mosaic
+from svcli_export.contract import MOSAIC_INDEX, MOSAIC_WEIGHT, Contract
+
+Floats = npt.NDArray[Any]
 Provider = Literal["cpu", "cuda"]
 
+_AT_ONCE = 4
+"""Views, which bounds what the encoder's attention takes: a view of 1,024 patches has 12 million scores."""
 _ERRORS_ONLY = 3
 _FUSES_INT8 = (1, 24)
 """ONNX Runtime 1.23, the last for Python 3.10, has no 8 bit kernel for one scale per channel."""
@@ -20,8 +29,13 @@ class ProviderError(ValueError):
     """What this installation of ONNX Runtime cannot do; one sentence with what mends it."""
 
 
-def open_session(graph: Path, *, provider: Provider = "cpu", num_threads: int | None = None) -> ort.InferenceSession:
-    """Raises ProviderError for `cuda` where it cannot be had, or a graph that this ONNX Runtime cannot open."""
+def open_session(
+    graph: Path, *, provider: Provider = "cpu", num_threads: int | None = None, lean: bool = False
+) -> ort.InferenceSession:
+    """`lean`: fp16 weights stay in the file and become fp32 one by one, where they are used, which takes its time. Or
+    else, as the CPU computes in fp32, ONNX Runtime makes all of them fp32 while loading, twice as large as the file.
+
+    Raises ProviderError for `cuda` where it cannot be had, or a graph that this ONNX Runtime cannot open."""
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
@@ -36,17 +50,42 @@ def open_session(graph: Path, *, provider: Provider = "cpu", num_threads: int | 
     else:
         # int8 weights become fp32 once, while loading, instead of at every step.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    disabled: list[str] | None = None
+    if lean:
+        # Constant folding is one way to fp32 weights, fusing them into nodes (the level above this one) is the other.
+        # Casts go first in the default order, all of them; by priority each comes before its product. An arena keeps
+        # what it ever had.
+        disabled = ["ConstantFolding"]
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if provider == "cuda":
         providers.insert(0, _cuda_provider())
     try:
-        session = ort.InferenceSession(str(graph), options, providers=providers)
+        session = ort.InferenceSession(str(graph), options, providers=providers, disabled_optimizers=disabled)
     except (Fail, InvalidGraph, NoKernel) as error:
         advice = "install a newer one, or export with precision int8"
         raise ProviderError(f"onnxruntime {ort.__version__} cannot open {graph.name}; {advice}") from error
     if provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
         raise ProviderError("CUDA could not be started; see what `svcli doctor` says of the driver, or use the CPU")
     return session
+
+
+def run_vision(
+    session: ort.InferenceSession, contract: Contract, config: ModelConfig, pixels: Floats, cut: Cut | None
+) -> Floats:
+    """Visual rows [I, V, D] of `pixels` [I, 3, S, S]: pictures that are seen once, or the views of one, joined as `cut`
+    says where the model joins them."""
+    names = contract.graph("vision").input_names
+    if MOSAIC_INDEX in names:
+        assert cut is not None
+        pieces = mosaic(config, cut)
+        feeds = {"pixels": pixels, MOSAIC_INDEX: pieces.index, MOSAIC_WEIGHT: pieces.weight}
+        (visual,) = session.run(["visual"], {name: feeds[name] for name in names})
+        return np.asarray(visual)
+    parts = [pixels[first : first + _AT_ONCE] for first in range(0, len(pixels), _AT_ONCE)]
+    return np.concatenate([np.asarray(session.run(["visual"], {"pixels": part})[0]) for part in parts])
 
 
 def _version() -> tuple[int, int]:

@@ -13,6 +13,7 @@ from svcli import ui
 from svcli.__main__ import INTERRUPTED
 from svcli.engines import EngineName, open_engine
 from svcli.errors import UsageError
+from svcli.remarks import remarks
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def chat(
         notes = [note for picture in pictures for note in picture.notes]
         view.note(*notes)
         bundle = model or bundled_model()
-        manifest = load_manifest(bundle)
+        manifest = load_manifest(bundle, quick=True)
+        notes += remarks(manifest.config)
+        view.note(*remarks(manifest.config))
         processor = Processor(bundle, manifest)
         runner = open_engine(engine, bundle, manifest, threads=threads)
         conversation = Conversation(runner, processor)

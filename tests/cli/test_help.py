@@ -26,7 +26,7 @@ HEAVY = {
     "tokenizers",
     "torch",
 }
-COMMANDS = ("chat", "inspect", "cost", "verify", "doctor", "export", "build-engine", "train", "data")
+COMMANDS = ("chat", "inspect", "cost", "verify", "doctor", "export", "build-engine", "train", "new", "data")
 
 
 # typer itself loads pydantic for everything but the main help.

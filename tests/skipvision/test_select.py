@@ -14,7 +14,7 @@ from skipvision.config import Selector
 from skipvision.select import split_tokens, token_scores
 from tests.skipvision import reference
 
-SELECTORS: tuple[Selector, ...] = ("cls_attention", "received_attention", "thumbnail", "random", "uniform")
+SELECTORS: tuple[Selector, ...] = ("cls_attention", "received_attention", "first", "random", "uniform")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -65,8 +65,8 @@ def test_what_is_paid_attention_to_ranks(selector: Selector) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 16])
-def test_thumbnail_takes_the_first_whatever_is_paid_to_the_others(count: int) -> None:
-    scores = token_scores("thumbnail", torch.arange(32.0).view(2, 16), count)
+def test_first_takes_the_first_whatever_is_paid_to_the_others(count: int) -> None:
+    scores = token_scores("first", torch.arange(32.0).view(2, 16), count)
     assert split_tokens(scores, count)[0].tolist() == [list(range(count))] * 2
 
 

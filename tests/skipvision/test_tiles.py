@@ -191,7 +191,7 @@ def test_where_padding_is_all_there_is_the_thumbnail_is_seen_alone(size: tuple[i
     assert cut_picture(NEXT, *size) == Cut(*size)
     assert token_counts(NEXT, Cut(*size)) == (576 + 1,)
     kind = next(kind for kind in zoo.KINDS if kind.family == "llava_next")
-    config = replace(zoo.config_of(kind), skip=SkipConfig(16, 5, selector="thumbnail"))
+    config = replace(zoo.config_of(kind), skip=SkipConfig(16, 5, selector="first"))
     cut = cut_picture(config, *size)
     (span,) = picture_spans(config, cut)
     assert span == ImageSpan(16, 1, 2)
@@ -307,7 +307,7 @@ def test_most_views_holds_at_every_edge(longest_edge: int) -> None:
 def test_the_largest_spans_are_those_of_the_most_tokens() -> None:
     (joined,) = largest_spans(NEXT)
     assert (joined.num_retained, joined.num_tokens) == (2928, 2928)
-    skipping = replace(NEXT, skip=SkipConfig(576, 576, selector="thumbnail"))
+    skipping = replace(NEXT, skip=SkipConfig(576, 576, selector="first"))
     (span,) = largest_spans(skipping)
     assert span == ImageSpan(576, 576, 2)
     assert len(largest_spans(SMOLVLM)) == 17
@@ -316,7 +316,7 @@ def test_the_largest_spans_are_those_of_the_most_tokens() -> None:
 
 
 def test_a_thumbnail_whose_tiles_are_fewer_than_are_skipped_skips_what_there_is() -> None:
-    skipping = replace(NEXT, skip=SkipConfig(576, 576, selector="thumbnail"))
+    skipping = replace(NEXT, skip=SkipConfig(576, 576, selector="first"))
     cut = cut_picture(skipping, 20, 1000)
     (plain,) = token_counts(skipping, cut)
     assert 576 < plain < 2 * 576
