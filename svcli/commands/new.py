@@ -35,16 +35,15 @@ def new(
         str,
         typer.Option(
             metavar="TOWER",
-            help="Folder or hub id of a CLIP or SigLIP vision model, or of a known vision-language model, whose tower is"
-            " taken.",
+            help="Folder or hub id of a CLIP or SigLIP model, or of a known vision-language model for its tower.",
         ),
     ],
     text: Annotated[
         str,
         typer.Option(
             metavar="DECODER",
-            help="Folder or hub id of a Llama, Mistral or Qwen2 model, or of a known vision-language model, whose decoder"
-            " is taken.",
+            help="Folder or hub id of a Llama, Mistral or Qwen2 model, or of a known vision-language model for its"
+            " decoder.",
         ),
     ],
     skip: Annotated[
@@ -68,7 +67,6 @@ def new(
     """
     split = find_split(preset, skip)
     from skipvision.assemble import assemble, check_output
-
     from skipvision.families import read_decoder, read_tower
 
     check_output(output, overwrite=overwrite)
