@@ -9,14 +9,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import accumulate
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 ConfigType = TypeVar("ConfigType")
 
-Selector = Literal["cls_attention", "received_attention", "thumbnail", "random", "uniform"]
+Selector = Literal["cls_attention", "received_attention", "first", "random", "uniform"]
 Visibility = Literal["image", "all"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-ProjectorKind = Literal["mlp", "linear"]
+ProjectorKind = Literal["mlp", "linear", "resampler"]
 
 SELECTORS = get_args(Selector)
 RANKED: tuple[Selector, ...] = ("cls_attention", "received_attention")
@@ -126,14 +127,24 @@ class SkipConfig:
     """Tokens that the rest is merged to; they pass attention only and leave the KV cache after prefill.
     0 drops the rest outright (the random-drop and uniform-drop baselines)."""
     selector: Selector = "cls_attention"
+    """What is retained: the best by the attention that the encoder pays; the `first`, which are the thumbnail of joined
+    tiles or the coarse scales of a resampler; or a baseline."""
     visibility: Visibility = "image"
     """Who attends to skipped rows: `all` later rows (the paper's training), or only rows of the same `image`,
     which makes dropping them after prefill exact."""
+    num_unpooled: int = 0
+    """Retained tokens in front that the first summary leaves out, as Chain-of-Sight does its 16 global ones."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, "skip.", num_skipped=0)
+        require_numbers(self, "skip.", num_skipped=0, num_unpooled=0)
         require(self.selector in SELECTORS, f"skip.selector: unknown {self.selector!r}")
         require(self.visibility in ("image", "all"), f"skip.visibility: unknown {self.visibility!r}")
+        require(
+            self.num_unpooled < self.num_retained,
+            f"skip.num_unpooled must leave some of the {self.num_retained} retained tokens, got {self.num_unpooled}",
+        )
+        is_fixed = self.selector == "first" or not self.num_unpooled
+        require(is_fixed, "skip.num_unpooled needs skip.selector first, which alone says what stands in front")
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,40 @@ class TilesConfig:
 
 
 @dataclass(frozen=True)
+class ResamplerConfig:
+    """Learned queries look at windows of patches, scale by scale (Chain-of-Sight).
+
+    Tokens are coarse before fine; of one scale, windows in raster order; of one window, its queries in order.
+    """
+
+    windows: tuple[int, ...] = (32, 4, 2)
+    """Side in patches of a window of each scale; the windows of a scale cover the grid."""
+    queries: tuple[int, ...] = (16, 4, 4)
+    """Queries, and so tokens, of a window of each scale."""
+    num_heads: int = 16
+    mlp_ratio: int = 4
+    """Hidden width of the MLPs, in widths of the encoder."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, "resampler.")
+        require(bool(self.windows), "resampler.windows must name at least one scale")
+        require(
+            len(self.queries) == len(self.windows),
+            f"resampler.queries needs a number for each of {len(self.windows)} scales, got {len(self.queries)}",
+        )
+        order = sorted(self.windows, reverse=True)
+        require(list(self.windows) == order, "resampler.windows must stand coarse before fine")
+
+    def num_windows(self, grid: int) -> tuple[int, ...]:
+        """Of each scale, where `grid` patches stand along one side."""
+        return tuple((grid // window) ** 2 for window in self.windows)
+
+    def token_counts(self, grid: int) -> tuple[int, ...]:
+        """Of each scale."""
+        return tuple(count * each for count, each in zip(self.num_windows(grid), self.queries, strict=True))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One vision-language model."""
 
@@ -198,7 +243,9 @@ class ModelConfig:
     tiles: TilesConfig | None = None
     """None: a picture is seen once."""
     projector: ProjectorKind = "mlp"
-    """`linear` is one matrix without a bias."""
+    """`linear` is one matrix without a bias; `resampler` makes tokens of its own, not one of each patch."""
+    resampler: ResamplerConfig | None = None
+    """Of projector resampler alone. It normalises what it reads, so vision.feature_norm has nothing to add."""
     pixel_shuffle: int = 1
     """Side of the squares of patches that the projector takes as one token (SmolVLM)."""
     projector_size: int = 256
@@ -224,6 +271,12 @@ class ModelConfig:
             mlp_alone or not (self.projector_convs or self.projector_position),
             "projector_convs and projector_position need projector mlp, and pixel_shuffle 1",
         )
+        is_resampled = self.projector == "resampler"
+        require(
+            is_resampled == (self.resampler is not None), "projector resampler and a table resampler need each other"
+        )
+        if self.resampler is not None:
+            self._check_resampler(self.resampler)
         tiles = self.tiles
         require(tiles is None or not tiles.is_joined or self.pixel_shuffle == 1, "tiles.sizes need pixel_shuffle 1")
         whole = all(length % self.vision.image_size == 0 for size in (tiles.sizes if tiles else ()) for length in size)
@@ -231,24 +284,48 @@ class ModelConfig:
         if self.skip is not None:
             self._check_skip(self.skip)
 
+    def _check_resampler(self, resampler: ResamplerConfig) -> None:
+        grid, width = self.vision.grid, self.vision.hidden_size
+        whole = all(grid % window == 0 for window in resampler.windows)
+        require(whole, f"resampler.windows must divide {grid}, the patches along one side")
+        require(width % resampler.num_heads == 0, f"resampler.num_heads must divide vision.hidden_size {width}")
+        require(not self.projector_norm, "projector_norm: a resampler has a norm of its own; set it to false")
+        require(self.pixel_shuffle == 1, "pixel_shuffle: a resampler takes patches one by one; set it to 1")
+        require(self.tiles is None, "tiles: a resampler sees a picture once; leave them out")
+
     def _check_skip(self, skip: SkipConfig) -> None:
         # Of tiles, only the thumbnail is there for sure.
         rest = self.num_tokens - skip.num_retained
         require(rest >= 0, f"skip.num_retained must be at most {self.num_tokens} (the tokens of one view)")
         joined = self.tiles is not None and self.tiles.is_joined
-        require(joined or skip.selector != "thumbnail", "skip.selector thumbnail needs tiles that are joined to it")
+        if skip.selector == "first":
+            parts = self.leading_parts
+            require(bool(parts), "skip.selector first needs tiles that are joined to a thumbnail, or a resampler")
+            counts = " or ".join(map(str, parts))
+            require(skip.num_retained in parts, f"skip.selector first retains {counts} tokens, not {skip.num_retained}")
         if not joined:
             require(skip.num_skipped <= rest, f"skip.num_skipped must be at most {rest} (what is not retained)")
         require(
             self.vision.has_cls or skip.selector != "cls_attention",
             "skip.selector cls_attention needs an encoder with a CLS token; received_attention does not",
         )
-        if skip.selector == "thumbnail":
-            require(not rest, f"skip.selector thumbnail retains {self.num_tokens} tokens, not {skip.num_retained}")
+        require(
+            self.resampler is None or skip.selector not in RANKED,
+            f"skip.selector {skip.selector} ranks patches, and a resampler's tokens are none; first does not",
+        )
+
+    @property
+    def leading_parts(self) -> tuple[int, ...]:
+        """How many tokens the selector `first` can retain: the thumbnail's, or the first scales of a resampler."""
+        if self.resampler is not None:
+            return tuple(accumulate(self.resampler.token_counts(self.vision.grid)))
+        return (self.num_tokens,) if self.tiles is not None and self.tiles.is_joined else ()
 
     @property
     def num_tokens(self) -> int:
         """Visual tokens of one view in the plain model."""
+        if self.resampler is not None:
+            return sum(self.resampler.token_counts(self.vision.grid))
         return self.vision.num_patches // self.pixel_shuffle**2
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from skipvision.config import ModelConfig, TextConfig, VisionConfig
+from skipvision.config import ModelConfig, ResamplerConfig, TextConfig, VisionConfig
 from skipvision.layout import ImageSpan, TokenLayout
 
 
@@ -89,12 +89,27 @@ def encoder_flops(vision: VisionConfig) -> int:
 
 
 def projector_flops(config: ModelConfig) -> int:
-    """The linear layers, and the convolutions as torch counts them: nine products everywhere, padding included."""
+    """The linear layers, and the convolutions as torch counts them: nine products everywhere, padding included; or a
+    resampler."""
     if config.projector == "linear":
         return 2 * config.projector_input * config.text.hidden_size * config.num_tokens
+    if config.resampler is not None:
+        return resampler_flops(config, config.resampler)
     width = config.projector_size
     inputs = config.projector_input + config.text.hidden_size + 9 * width * config.projector_convs
     return 2 * inputs * width * config.num_tokens
+
+
+def resampler_flops(config: ModelConfig, resampler: ResamplerConfig) -> int:
+    """Each scale at each layer of the encoder that is read: K and V of every patch, and what its queries take; and the
+    matrix behind them."""
+    width, grid = config.vision.hidden_size, config.vision.grid
+    patches = 4 * width**2 * config.vision.num_patches
+    looks = 0
+    for window, count in zip(resampler.windows, resampler.token_counts(grid), strict=True):
+        query = 4 * width**2 * (1 + resampler.mlp_ratio) + 4 * width * window**2
+        looks += patches + count * query
+    return len(config.vision.feature_layers) * looks + 2 * width * config.text.hidden_size * config.num_tokens
 
 
 def split_flops(config: ModelConfig) -> int:
@@ -105,13 +120,16 @@ def split_flops(config: ModelConfig) -> int:
     # One row of attention, or all of them: the encoder's own kernel hands none out.
     rows = {"cls_attention": 1, "received_attention": vision.num_rows}.get(skip.selector, 0)
     ranked = 2 * vision.hidden_size * rows * vision.num_rows
-    return ranked + merge_flops(config.text.hidden_size, config.num_tokens, skip.num_retained, skip.num_skipped)
+    counts = config.num_tokens, skip.num_retained, skip.num_skipped, skip.num_unpooled
+    return ranked + merge_flops(config.text.hidden_size, *counts)
 
 
-def merge_flops(width: int, num_tokens: int, num_retained: int, num_skipped: int) -> int:
-    """Merging what is not retained of `num_tokens` tokens of `width` to `num_skipped`, and both summaries."""
+def merge_flops(width: int, num_tokens: int, num_retained: int, num_skipped: int, num_unpooled: int = 0) -> int:
+    """Merging what is not retained of `num_tokens` tokens of `width` to `num_skipped`, and both summaries, the first of
+    which leaves out `num_unpooled`."""
     rest = num_tokens - num_retained
-    summaries = 4 * width * (num_retained + num_skipped)  # a score and a weighted sum over either group
+    # A score and a weighted sum over either group.
+    summaries = 4 * width * (num_retained - num_unpooled + num_skipped)
     if not 0 < num_skipped < rest:
         return summaries
     similarity = 2 * width * rest**2

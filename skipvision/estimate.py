@@ -66,7 +66,8 @@ def estimate(config: ModelConfig, setting: Setting, num_text: int) -> Estimate:
     """Of one picture and `num_text` rows of text. The skip setting of `config` itself does not count."""
     text = config.text
     embedding = 0 if text.tie_embeddings else text.vocab_size * text.hidden_size
-    merging = merge_flops(text.hidden_size, setting.num_tokens, setting.num_retained, setting.num_skipped)
+    counts = setting.num_tokens, setting.num_retained, setting.num_skipped, setting.num_unpooled
+    merging = merge_flops(text.hidden_size, *counts)
     if setting.is_ranked:
         merging += 2 * config.vision.hidden_size * config.vision.num_rows
     return Estimate(
@@ -77,8 +78,8 @@ def estimate(config: ModelConfig, setting: Setting, num_text: int) -> Estimate:
 
 
 def fits_tower(config: ModelConfig, setting: Setting) -> bool:
-    """Whether each patch that the model's own tower sees becomes one of the setting's tokens."""
-    return setting.is_linear and setting.num_views * config.num_tokens == setting.num_tokens
+    """Whether the model's own tower and projector make as many tokens as the setting has."""
+    return setting.num_views * config.num_tokens == setting.num_tokens
 
 
 def _side(config: ModelConfig, setting: Setting, span: ImageSpan, num_text: int, merging: int) -> Side:

@@ -17,6 +17,7 @@ from skipvision.decoder import Decoder, KVCache
 from skipvision.layout import BatchLayout, ImageSpan
 from skipvision.merge import merge_tokens
 from skipvision.projector import Projector, pixel_shuffle
+from skipvision.resampler import Resampler
 from skipvision.select import split_tokens, token_scores
 from skipvision.summary import SummaryPool
 from skipvision.tiles import Cut, mosaic
@@ -55,7 +56,7 @@ class SkipVisionModel(nn.Module):
         self.config = config
         self.span = ImageSpan.of(config)
         self.vision = VisionEncoder(config.vision)
-        self.projector = Projector(config)
+        self.projector = Projector(config) if config.resampler is None else Resampler(config)
         joined = config.tiles is not None and config.tiles.is_joined
         self.newline = nn.Parameter(torch.zeros(config.text.hidden_size)) if joined else None
         self.summary = SummaryPool(config.text.hidden_size) if config.skip is not None else None
@@ -105,7 +106,9 @@ class SkipVisionModel(nn.Module):
         return self.vision(pixels, ranked_by)  # type: ignore[no-any-return]
 
     def _token_attention(self, attention: Tensor) -> Tensor:
-        """[I, P] of patches to that of tokens: the sum of their patches'."""
+        """[I, P] of patches to that of tokens: the sum of their patches'; a resampler's are paid nothing."""
+        if self.config.resampler is not None:
+            return attention.new_zeros(len(attention), self.config.num_tokens)
         side = self.config.pixel_shuffle
         return attention if side == 1 else pixel_shuffle(attention[..., None], side).sum(-1)
 
@@ -125,11 +128,12 @@ class SkipVisionModel(nn.Module):
         retained_index, rest_index = split_tokens(scores, skip.num_retained)
         width = tokens.shape[-1]
         retained = tokens.gather(1, retained_index[..., None].expand(-1, -1, width))
+        summary = self.summary(retained[:, skip.num_unpooled :])
         if skip.num_skipped == 0:
-            return torch.cat([retained, self.summary(retained)], 1)
+            return torch.cat([retained, summary], 1)
         rest = tokens.gather(1, rest_index[..., None].expand(-1, -1, width))
         skipped = merge_tokens(rest, min(skip.num_skipped, rest.shape[1]))
-        return torch.cat([retained, self.summary(retained), skipped, self.summary(skipped)], 1)
+        return torch.cat([retained, summary, skipped, self.summary(skipped)], 1)
 
     def embed(self, input_ids: Tensor, visual: Tensor, source: Tensor) -> Tensor:
         """[B, L, D] in memory order, taken by `source` [B, L] from text embeddings [B*T] and `visual` [I, V, D]."""

@@ -32,8 +32,8 @@ class Setting:
     """Pictures that the encoder sees for one: tiles and thumbnail."""
     is_ranked: bool = True
     """Whether the attention of CLS chooses what is retained; or else it is a fixed part."""
-    is_linear: bool = True
-    """Whether each patch becomes one token; or else a resampler stands between, whose cost is not worked out here."""
+    num_unpooled: int = 0
+    """Retained tokens that the first summary leaves out."""
     printed: Printed = field(default_factory=Printed)
 
     def __post_init__(self) -> None:
@@ -47,14 +47,17 @@ class Setting:
 
         Raises ConfigError for a model with other visual tokens.
         """
-        joined = config.tiles is not None and config.tiles.is_joined
+        joined, resampled = config.tiles is not None and config.tiles.is_joined, config.resampler is not None
         views = self.num_views if joined else 1
-        fits = (self.num_views > 1) == joined and views * config.num_tokens == self.num_tokens
-        if not fits or not self.is_linear:
+        if (self.num_views > 1) != joined or views * config.num_tokens != self.num_tokens:
             tokens = f"{config.num_tokens:,}{' and those of its tiles' if config.tiles is not None else ''}"
             raise ConfigError(f"{self.title} splits {self.num_tokens:,} visual tokens, and this model has {tokens}")
-        if joined:
-            return SkipConfig(self.num_retained, self.num_skipped, "thumbnail", "all")
+        require(resampled or joined or self.is_ranked, f"{self.title} needs a resampler, and this model has none")
+        require(
+            not (resampled and self.is_ranked), f"{self.title} ranks patches, and this model has a resampler's tokens"
+        )
+        if joined or resampled:
+            return SkipConfig(self.num_retained, self.num_skipped, "first", "all", self.num_unpooled)
         ranked: Selector = "cls_attention" if config.vision.has_cls else "received_attention"
         return SkipConfig(self.num_retained, self.num_skipped, ranked, "all")
 
@@ -74,7 +77,7 @@ PRESETS: Mapping[str, Setting] = {
         "SV-LLaVA-HD", 2880, 576, 576, num_views=5, is_ranked=False, printed=Printed(0.50, 12.2 / 19, 250 / 450)
     ),
     "sv-cos-272": Setting(
-        "SV-CoS", 1296, 272, 256, is_ranked=False, is_linear=False, printed=Printed(0.25, 9.8 / 15.3, 90 / 160)
+        "SV-CoS", 1296, 272, 256, is_ranked=False, num_unpooled=16, printed=Printed(0.25, 9.8 / 15.3, 90 / 160)
     ),
     "sv-vicuna-64": Setting("SV-LLaVA-1.5, on Vicuna", 576, 64, 156),
 }

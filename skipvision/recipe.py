@@ -88,6 +88,11 @@ class Recipe:
         trained = skip is None or skip.selector in ("cls_attention", "random", "uniform")
         require(trained, "model.skip.selector: training knows cls_attention, random and uniform")
         require(self.model.tiles is None, "model.tiles: training sees a picture once")
+        # Its auxiliary losses ask each token what the patch behind it shows.
+        by_patch = self.model.resampler is None and self.model.pixel_shuffle == 1
+        require(
+            by_patch, "model.projector: training needs one token for each patch, so no resampler and pixel_shuffle 1"
+        )
 
 
 def load_recipe(path: Path) -> Recipe:

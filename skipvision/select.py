@@ -14,7 +14,8 @@ def token_scores(
     """[I, T] scores by which tokens are ranked; `attention` [I, T] is what the encoder pays to each of them.
 
     `random` draws anew at each call, from `generator` if given; `uniform` prefers an even stride over the raster. Both
-    are baselines. `thumbnail` prefers the first tokens, which are the whole picture's where tiles stand behind it.
+    are baselines. `first` prefers the first tokens: a thumbnail's, where tiles stand behind it, or those of the coarse
+    scales of a resampler.
     """
     if selector in RANKED:
         return attention

@@ -45,6 +45,7 @@ from skipvision.feature_cache import (
 from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.packing import IGNORE, PackedText, pack, packed_inputs
+from skipvision.projector import Projector
 from skipvision.recipe import Recipe
 from skipvision.tokenizer import CHAT_TEMPLATE, encode_turn, train_tokenizer
 from skipvision.vision import VisionEncoder
@@ -125,7 +126,7 @@ def initialise(model: SkipVisionModel) -> None:
             nn.init.zeros_(parameter)
     # Rows as long as embeddings make logits as large as embeddings are wide: begin with logits around 1.
     nn.init.constant_(model.decoder.norm.weight, model.config.text.hidden_size**-0.5 / _EMBEDDING_STD)
-    if model.projector.norm is not None:
+    if isinstance(model.projector, Projector) and model.projector.norm is not None:
         nn.init.constant_(model.projector.norm.weight, _EMBEDDING_STD)
     if model.summary is not None:
         nn.init.zeros_(model.summary.score.weight)

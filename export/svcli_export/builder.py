@@ -95,6 +95,12 @@ class GraphBuilder:
         product = self.op("MatMul", hidden, self.matrix(f"{module}.weight"), name=f"{name}.product")
         return self.op("Add", product, self.weight(f"{module}.bias"), name=name)
 
+    def layer_norm(self, hidden: str, module: str, epsilon: float) -> str:
+        """torch's nn.LayerNorm `module` on [..., n]."""
+        scale, bias = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
+        name = module.rpartition(".")[2]
+        return self.op("LayerNormalization", hidden, scale, bias, name=name, axis=-1, epsilon=epsilon)
+
     def rows(self, value: str, start: str | int, end: str | int = _END, *, axis: int = 1, name: str = "slice") -> str:
         """`value[start:end]` along `axis`; the bounds are integers or int64 vectors [1]."""
         bounds = [self.ints(bound) if isinstance(bound, int) else bound for bound in (start, end)]

@@ -16,6 +16,7 @@ from svcli_export.builder import GraphBuilder
 from svcli_export.contract import MOSAIC_INDEX, MOSAIC_WEIGHT, Contract
 from svcli_export.ops import SUMMARY_EPSILON
 from svcli_export.quantize import num_blocks_read
+from svcli_export.resampler_graph import resample
 from svcli_export.weights import WeightFile
 
 _FEATURE_EPSILON = 1e-5  # of F.layer_norm and nn.LayerNorm, torch's default
@@ -43,12 +44,12 @@ def _encoder(g: GraphBuilder, config: ModelConfig) -> tuple[str, str]:
     with g.scope("vision"):
         hidden = _embed(g, config)
         if vision.embedding_norm:
-            hidden = _layer_norm(g, hidden, "vision.norm", vision.layer_norm_eps)
+            hidden = g.layer_norm(hidden, "vision.norm", vision.layer_norm_eps)
         features = {0: hidden}
         for layer in range(num_blocks_read(config)):
             with g.scope(f"blocks.{layer}"):
                 block = f"vision.blocks.{layer}"
-                normed = _layer_norm(g, hidden, f"{block}.norm1", vision.layer_norm_eps)
+                normed = g.layer_norm(hidden, f"{block}.norm1", vision.layer_norm_eps)
                 qkv = g.linear(normed, f"{block}.qkv")
                 query, key, value = g.multi("Split", qkv, names=["query", "key", "value"], axis=-1, num_outputs=3)
                 if layer + 1 == vision.select_layer and selector == "cls_attention":
@@ -58,13 +59,13 @@ def _encoder(g: GraphBuilder, config: ModelConfig) -> tuple[str, str]:
                 heads = {"q_num_heads": vision.num_heads, "kv_num_heads": vision.num_heads}
                 mixed = g.op("Attention", query, key, value, name="attention", **heads)
                 hidden = g.op("Add", hidden, g.linear(mixed, f"{block}.out"), name="after_attention")
-                normed = _layer_norm(g, hidden, f"{block}.norm2", vision.layer_norm_eps)
+                normed = g.layer_norm(hidden, f"{block}.norm2", vision.layer_norm_eps)
                 grown = _activated(g, g.linear(normed, f"{block}.fc1"), vision.activation)
                 hidden = g.op("Add", hidden, g.linear(grown, f"{block}.fc2"), name="after_mlp")
             features[layer + 1] = hidden
         if vision.output_norm:
             last = vision.num_layers
-            features[last] = _layer_norm(g, features[last], "vision.output_norm", vision.layer_norm_eps)
+            features[last] = g.layer_norm(features[last], "vision.output_norm", vision.layer_norm_eps)
         chosen = [features[layer] for layer in vision.feature_layers]
         if vision.has_cls:
             pairs = zip(chosen, vision.feature_layers, strict=True)
@@ -108,11 +109,6 @@ def _embed(g: GraphBuilder, config: ModelConfig) -> str:
     cls_row = g.op("Expand", g.weight("vision.cls_token"), shape, name="cls_row")
     rows = g.op("Concat", cls_row, patches, name="rows", axis=1)
     return g.op("Add", rows, g.weight("vision.position"), name="embedded")
-
-
-def _layer_norm(g: GraphBuilder, hidden: str, module: str, epsilon: float) -> str:
-    scale, bias = g.weight(f"{module}.weight"), g.weight(f"{module}.bias")
-    return g.op("LayerNormalization", hidden, scale, bias, name=module.rpartition(".")[2], axis=-1, epsilon=epsilon)
 
 
 def _cls_attention(g: GraphBuilder, query: str, key: str, num_heads: int, width: int) -> str:
@@ -193,6 +189,8 @@ def _joined(g: GraphBuilder, config: ModelConfig, tokens: str, attention: str) -
 def _projector(g: GraphBuilder, config: ModelConfig, features: str) -> str:
     """[I, T, D]."""
     with g.scope("projector"):
+        if config.resampler is not None:
+            return resample(g, config, features)
         if config.projector == "linear":
             return g.linear(features, "projector.matrix", bias=False)
         hidden = g.op("Gelu", g.linear(features, "projector.fc1"))
@@ -200,7 +198,7 @@ def _projector(g: GraphBuilder, config: ModelConfig, features: str) -> str:
             hidden = _convs(g, config, hidden)
         hidden = g.linear(hidden, "projector.fc2")
         if config.projector_norm:
-            hidden = _layer_norm(g, hidden, "projector.norm", _FEATURE_EPSILON)
+            hidden = g.layer_norm(hidden, "projector.norm", _FEATURE_EPSILON)
         if not config.projector_position:
             return hidden
         rows = g.op("Unsqueeze", g.weight("projector.rows"), g.ints(1), name="row_column")
@@ -227,7 +225,7 @@ def _split(g: GraphBuilder, config: ModelConfig, skip: SkipConfig, tokens: str, 
     """Visual rows [I, R+M+2, D] ([I, R+1, D] where the rest is dropped) from tokens [I, T, D]."""
     is_joined = config.tiles is not None and config.tiles.is_joined
     with g.scope("split"):
-        if skip.selector == "thumbnail":
+        if skip.selector == "first":
             retained = g.rows(tokens, 0, skip.num_retained, name="retained")
             rest = g.rows(tokens, skip.num_retained, name="rest") if skip.num_skipped else ""
         else:
@@ -235,7 +233,8 @@ def _split(g: GraphBuilder, config: ModelConfig, skip: SkipConfig, tokens: str, 
             retained_index, rest_index = choose(g, config, skip, tokens, attention)
             retained = g.op("TokenGather", tokens, retained_index, name="retained")
             rest = g.op("TokenGather", tokens, rest_index, name="rest") if skip.num_skipped else ""
-        groups = [retained, _summary(g, retained, "retained_summary")]
+        pooled = g.rows(retained, skip.num_unpooled, name="pooled") if skip.num_unpooled else retained
+        groups = [retained, _summary(g, pooled, "retained_summary")]
         if rest:
             num_rest = None if is_joined else config.num_tokens - skip.num_retained
             skipped = rest if skip.num_skipped == num_rest else _merge(g, rest, num_rest, skip.num_skipped)

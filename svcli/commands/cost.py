@@ -142,10 +142,10 @@ def find_setting(subject: Subject, preset: str | None, skip: str | None) -> Sett
         return PRESETS[preset]
     tokens, own = subject.config.num_tokens, subject.config.skip
     if skip is not None:
-        return Setting("as asked for", tokens, *parse_counts(skip))
+        return Setting("as asked for", tokens, *parse_counts(skip), is_ranked=subject.config.resampler is None)
     if own is not None:
-        ranked = own.selector == "cls_attention"
-        return Setting("its own", tokens, own.num_retained, own.num_skipped, is_ranked=ranked)
+        ranked, unpooled = own.selector == "cls_attention", own.num_unpooled
+        return Setting("its own", tokens, own.num_retained, own.num_skipped, is_ranked=ranked, num_unpooled=unpooled)
     if subject.known is None:
         raise UsageError(f"{subject.name} does not skip; name a setting by --skip, such as --skip 64/64")
     return None

@@ -116,22 +116,22 @@ def facts(summary: BundleSummary) -> dict[str, Any]:
 def _rows_per_image(manifest: Manifest) -> dict[str, int]:
     from skipvision.layout import ImageSpan
 
-    patches, span = manifest.config.vision.num_patches, ImageSpan.of(manifest.config)
-    return {"patches": patches, "attention": span.length, "feed_forward": span.num_kept, "kv_cache": span.num_kept}
+    tokens, span = manifest.config.num_tokens, ImageSpan.of(manifest.config)
+    return {"tokens": tokens, "attention": span.length, "feed_forward": span.num_kept, "kv_cache": span.num_kept}
 
 
 def _render(folder: Path, summary: BundleSummary) -> None:
     manifest, contract, check = summary.manifest, summary.manifest.contract, summary.manifest.check
     rows, full, reduced = _rows_per_image(manifest), summary.kv_full, summary.kv_reduced
     ui.pairs(str(folder), _settings(manifest))
-    ui.table("Rows of one image", ("patches", "attention", "feed-forward", "KV cache"), [list(map(str, rows.values()))])
-    image_bytes = [ui.size(rows[stage] * contract.kv_bytes_per_row) for stage in ("patches", "kv_cache")]
+    ui.table("Rows of one image", ("tokens", "attention", "feed-forward", "KV cache"), [list(map(str, rows.values()))])
+    image_bytes = [ui.size(rows[stage] * contract.kv_bytes_per_row) for stage in ("tokens", "kv_cache")]
     shapes = [f"2 x [1, {contract.num_kv_heads}, {kv.rows}, {contract.head_dim}]" for kv in (full, reduced)]
     ui.table(
         "KV cache",
         ("", "full", "reduced", "bytes full", "bytes reduced"),
         [
-            ("one image", str(rows["patches"]), str(rows["kv_cache"]), *image_bytes),
+            ("one image", str(rows["tokens"]), str(rows["kv_cache"]), *image_bytes),
             ("capacity", str(full.rows), str(reduced.rows), ui.size(full.bytes_total), ui.size(reduced.bytes_total)),
             ("  a layer", *shapes, ui.size(full.bytes_per_layer), ui.size(reduced.bytes_per_layer)),
         ],

@@ -18,7 +18,7 @@ def test_json_has_rows_and_bytes_full_against_reduced(bundle: Path) -> None:
     assert (shown.exit_code, shown.stderr) == (0, "")
     facts = json.loads(shown.stdout)
     # 16 patches; 4 retained, 4 skipped and 2 summaries of them reach the decoder.
-    assert facts["rows_per_image"] == {"patches": 16, "attention": 10, "feed_forward": 6, "kv_cache": 6}
+    assert facts["rows_per_image"] == {"tokens": 16, "attention": 10, "feed_forward": 6, "kv_cache": 6}
     row = 2 * 2 * 1 * 16 * 4  # K and V, 2 layers, 1 head of 16, 4 bytes
     assert facts["kv_bytes_per_row"] == row
     assert facts["kv_full"]["rows"] - facts["kv_reduced"]["rows"] == 2 * (16 - 6)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from skipvision.checkpoint import save_checkpoint
-from skipvision.config import ModelConfig, SkipConfig, TextConfig, TilesConfig, VisionConfig
+from skipvision.config import ModelConfig, ResamplerConfig, SkipConfig, TextConfig, TilesConfig, VisionConfig
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
@@ -75,6 +75,14 @@ def family_config(family: str, skip: SkipConfig | None = None) -> ModelConfig:
     siglip = replace(siglip, image_size=32, patch_size=4, output_norm=True, feature_layers=(3,))
     tiles = TilesConfig(longest_edge=64)
     return replace(plain, vision=siglip, skip=skip, tiles=tiles, projector="linear", pixel_shuffle=2)
+
+
+def resampler_config(skip: SkipConfig | None = None) -> ModelConfig:
+    """With Chain-of-Sight's resampler: 3 + 8 + 32 tokens."""
+    plain = tiny_config(None, clip=True)
+    vision = replace(plain.vision, image_size=32, patch_size=4, feature_layers=(1, 3))
+    resampler = ResamplerConfig(windows=(8, 4, 2), queries=(3, 2, 2), num_heads=4, mlp_ratio=2)
+    return replace(plain, vision=vision, skip=skip, projector="resampler", resampler=resampler)
 
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm")
