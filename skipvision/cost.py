@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from skipvision.config import ModelConfig, ResamplerConfig, TextConfig, VisionConfig
+from skipvision.config import ModelConfig, ResamplerConfig, Selector, TextConfig, VisionConfig
 from skipvision.layout import ImageSpan, TokenLayout
 
 
@@ -33,7 +33,7 @@ def prompt_cost(config: ModelConfig, layout: TokenLayout, bytes_per_element: int
     """The cost of `layout` on the model of `config`; `bytes_per_element` is that of the KV cache."""
     text = config.text
     return Cost(
-        vision_flops=len(layout.images) * vision_flops(config),
+        vision_flops=sum(vision_flops(config, image) for image in layout.images),
         prefill_flops=decoder_flops(text, layout) + head_flops(text),
         decode_flops=decode_flops(text, layout.num_kept),
         kv_bytes=kv_bytes(text, layout.num_kept, bytes_per_element),
@@ -43,8 +43,11 @@ def prompt_cost(config: ModelConfig, layout: TokenLayout, bytes_per_element: int
 def dense(config: ModelConfig, layout: TokenLayout) -> tuple[ModelConfig, TokenLayout]:
     """The same model and prompt without Skip-Vision: every patch is retained. `prompt_cost` takes both."""
     plain = replace(config, skip=None)
-    segments = tuple(s if isinstance(s, int) else ImageSpan.of(plain, s.num_tokens or None) for s in layout.segments)
-    return plain, TokenLayout(segments)
+    segments = [
+        each if isinstance(each, int) else ImageSpan.of(plain, each.num_tokens or None, each.num_views)
+        for each in layout.segments
+    ]
+    return plain, TokenLayout(tuple(segments))
 
 
 def layer_flops(text: TextConfig, rows: int, ffn_rows: int, cached_rows: int = 0) -> int:
@@ -75,9 +78,10 @@ def kv_bytes(text: TextConfig, rows: int, bytes_per_element: int = 2) -> int:
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * rows * bytes_per_element
 
 
-def vision_flops(config: ModelConfig) -> int:
-    """One view of a picture, from pixels to visual rows."""
-    return encoder_flops(config.vision) + projector_flops(config) + split_flops(config)
+def vision_flops(config: ModelConfig, span: ImageSpan) -> int:
+    """One run of visual rows, from the pixels of all its views."""
+    seen = span.num_views * (encoder_flops(config.vision) + projector_flops(config))
+    return seen + split_flops(config, span.num_tokens or None, span.num_views)
 
 
 def encoder_flops(vision: VisionConfig) -> int:
@@ -112,16 +116,20 @@ def resampler_flops(config: ModelConfig, resampler: ResamplerConfig) -> int:
     return len(config.vision.feature_layers) * looks + 2 * width * config.text.hidden_size * config.num_tokens
 
 
-def split_flops(config: ModelConfig) -> int:
-    """Ranking, merge and summaries: what Skip-Vision itself adds to one picture."""
-    vision, skip = config.vision, config.skip
+def split_flops(config: ModelConfig, num_tokens: int | None = None, num_views: int = 1) -> int:
+    """Ranking, merge and summaries: what Skip-Vision itself adds to one run of `num_tokens`, or else to one view."""
+    skip, count = config.skip, config.num_tokens if num_tokens is None else num_tokens
     if skip is None:
         return 0
-    # One row of attention, or all of them: the encoder's own kernel hands none out.
-    rows = {"cls_attention": 1, "received_attention": vision.num_rows}.get(skip.selector, 0)
-    ranked = 2 * vision.hidden_size * rows * vision.num_rows
-    counts = config.num_tokens, skip.num_retained, skip.num_skipped, skip.num_unpooled
-    return ranked + merge_flops(config.text.hidden_size, *counts)
+    num_skipped = min(skip.num_skipped, count - skip.num_retained)
+    merging = merge_flops(config.text.hidden_size, count, skip.num_retained, num_skipped, skip.num_unpooled)
+    return num_views * ranking_flops(config.vision, skip.selector) + merging
+
+
+def ranking_flops(vision: VisionConfig, selector: Selector) -> int:
+    """The attention that ranks one view's patches: one row of it, or all, since the encoder's kernel hands none out."""
+    rows = {"cls_attention": 1, "received_attention": vision.num_rows}.get(selector, 0)
+    return 2 * vision.hidden_size * rows * vision.num_rows
 
 
 def merge_flops(width: int, num_tokens: int, num_retained: int, num_skipped: int, num_unpooled: int = 0) -> int:

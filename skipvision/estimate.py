@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skipvision.config import ModelConfig
+from skipvision.config import ModelConfig, Selector
 from skipvision.cost import (
     decode_flops,
     decoder_flops,
@@ -16,6 +16,7 @@ from skipvision.cost import (
     kv_bytes,
     merge_flops,
     projector_flops,
+    ranking_flops,
 )
 from skipvision.families import text_parameters
 from skipvision.layout import ImageSpan, TokenLayout
@@ -69,7 +70,8 @@ def estimate(config: ModelConfig, setting: Setting, num_text: int) -> Estimate:
     counts = setting.num_tokens, setting.num_retained, setting.num_skipped, setting.num_unpooled
     merging = merge_flops(text.hidden_size, *counts)
     if setting.is_ranked:
-        merging += 2 * config.vision.hidden_size * config.vision.num_rows
+        ranked_by: Selector = "cls_attention" if config.vision.has_cls else "received_attention"
+        merging += setting.num_views * ranking_flops(config.vision, ranked_by)
     return Estimate(
         _side(config, setting, setting.plain, num_text, 0),
         _side(config, setting, setting.skipped, num_text, merging),

@@ -97,6 +97,10 @@ _ONEVISION_SIZES = tuple((384 * lines, 384 * columns) for lines in range(1, 7) f
 _ONEVISION_ASPECT = re.compile(r"anyres_max_(\d+)")
 _SMOLVLM_VIEWS = 4
 """Tiles along the longest edge, where no preprocessor_config.json says otherwise."""
+_SMOLVLM_LONGEST = 4096
+"""Above, transformers cuts what it has scaled once more."""
+_NULL_COUNTS = ("num_key_value_heads", "sliding_window")
+"""Where null is no gap for the default: as many heads as there are, no window."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +244,9 @@ def parse_model(
         raise ConfigError(f"unknown family model_type={data.get('model_type')!r}; known: {known}")
     vision_data = _completed(data, "vision_config", {name: _VISION_DEFAULTS[name] for name in family.tower})
     text_data = _completed(data, "text_config", _TEXT_DEFAULTS)
-    text_data.setdefault("tie_word_embeddings", data.get("tie_word_embeddings", False))
+    # As transformers does: the whole model's word counts, and of two families the decoder's as well.
+    own = bool(text_data.get("tie_word_embeddings")) and kind in ("llava", "llava_onevision")
+    text_data["tie_word_embeddings"] = own or bool(data.get("tie_word_embeddings"))
     text = _text(text_data)
     if family is _SMOLVLM:
         config = _smolvlm(data, vision_data, text, processing or {})
@@ -324,7 +330,8 @@ def _smolvlm(
     tile = processing.get("max_image_size", {}).get("longest_edge", vision.image_size)
     _same("max_image_size.longest_edge", tile, vision.image_size)
     longest = processing.get("size", {}).get("longest_edge", _SMOLVLM_VIEWS * vision.image_size)
-    require(type(longest) is int and longest > 0, f"size.longest_edge: expected a number of pixels, got {longest!r}")
+    good = type(longest) is int and 0 < longest <= _SMOLVLM_LONGEST
+    require(good, f"size.longest_edge: expected 1 to {_SMOLVLM_LONGEST} pixels, got {longest!r}")
     is_cut = processing.get("do_image_splitting", True)
     return ModelConfig(
         vision=vision,
@@ -348,7 +355,8 @@ def _completed(data: Mapping[str, Any], part: str, defaults: Mapping[str, Mappin
     assert isinstance(given, dict)
     kind = given.get("model_type")
     require(kind in defaults, f"{part}.model_type: unknown {kind!r}; known: {', '.join(defaults)}")
-    return {**defaults[str(kind)], **{name: value for name, value in given.items() if value is not None}}
+    stated = {name: value for name, value in given.items() if value is not None or name in _NULL_COUNTS}
+    return {**defaults[str(kind)], **stated}
 
 
 def _vision(data: Mapping[str, Any], feature_layer: Any) -> VisionConfig:
@@ -394,7 +402,7 @@ def _text(data: Mapping[str, Any]) -> TextConfig:
         intermediate_size=data["intermediate_size"],
         num_layers=data["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=data.get("num_key_value_heads", heads),
+        num_kv_heads=data.get("num_key_value_heads") or heads,
         head_dim=data.get("head_dim") or data["hidden_size"] // heads,
         rope_theta=float(data.get("rope_theta") or rope.get("rope_theta") or 10000.0),
         rms_norm_eps=data["rms_norm_eps"],

@@ -35,6 +35,8 @@ class ImageSpan:
     """2 where tokens are skipped, 1 where the rest was dropped outright, 0 in the plain model."""
     num_tokens: int = field(default=0, compare=False)
     """Visual tokens of the plain model that it stands for, where that is known."""
+    num_views: int = field(default=1, compare=False)
+    """Pictures that the encoder sees for it."""
 
     @property
     def length(self) -> int:
@@ -53,24 +55,25 @@ class ImageSpan:
         return tuple(kind for kind, count in groups for _ in range(count))
 
     @staticmethod
-    def of(config: ModelConfig, num_tokens: int | None = None) -> ImageSpan:
+    def of(config: ModelConfig, num_tokens: int | None = None, num_views: int = 1) -> ImageSpan:
         """Of `num_tokens` visual tokens, or else of those of one view."""
         num_tokens = config.num_tokens if num_tokens is None else num_tokens
         if config.skip is None:
-            return ImageSpan(num_tokens, num_tokens=num_tokens)
+            return ImageSpan(num_tokens, num_tokens=num_tokens, num_views=num_views)
         num_skipped = min(config.skip.num_skipped, num_tokens - config.skip.num_retained)
-        return ImageSpan(config.skip.num_retained, num_skipped, 2 if num_skipped else 1, num_tokens)
+        return ImageSpan(config.skip.num_retained, num_skipped, 2 if num_skipped else 1, num_tokens, num_views)
 
 
 def picture_spans(config: ModelConfig, cut: Cut) -> tuple[ImageSpan, ...]:
     """The runs of rows of one picture, each of which has a placeholder id of its own."""
-    return tuple(ImageSpan.of(config, count) for count in token_counts(config, cut))
+    counts = token_counts(config, cut)
+    return tuple(ImageSpan.of(config, count, cut.num_views // len(counts)) for count in counts)
 
 
 def largest_spans(config: ModelConfig) -> tuple[ImageSpan, ...]:
     """Of the picture with the most tokens."""
     if config.tiles is not None and config.tiles.is_joined:
-        return (ImageSpan.of(config, most_tokens(config)),)
+        return (ImageSpan.of(config, most_tokens(config), most_views(config)),)
     return (ImageSpan.of(config),) * most_views(config)
 
 

@@ -31,7 +31,7 @@ class Setting:
     num_views: int = 1
     """Pictures that the encoder sees for one: tiles and thumbnail."""
     is_ranked: bool = True
-    """Whether the attention of CLS chooses what is retained; or else it is a fixed part."""
+    """Whether attention chooses what is retained, that of CLS where there is one; or else it is a fixed part."""
     num_unpooled: int = 0
     """Retained tokens that the first summary leaves out."""
     printed: Printed = field(default_factory=Printed)

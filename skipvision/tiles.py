@@ -104,7 +104,8 @@ def most_views(config: ModelConfig) -> int:
         return 1
     if tiles.is_joined:
         return max(height // side * (width // side) for height, width in tiles.sizes) + 1
-    return (_whole(tiles.longest_edge, side) // side) ** 2 + 1
+    lines = _whole(_even(tiles.longest_edge), side) // side
+    return lines**2 + 1 if lines > 1 else 1
 
 
 def most_tokens(config: ModelConfig) -> int:

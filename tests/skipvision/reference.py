@@ -17,6 +17,7 @@ import numpy.typing as npt
 from torch import nn
 
 from skipvision.config import ModelConfig, TextConfig, VisionConfig
+from skipvision.tiles import Cut
 
 Array = npt.NDArray[np.float64]
 Weights = Mapping[str, Array]
@@ -75,6 +76,17 @@ def gelu(row: Array) -> Array:
     return np.array([0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in row])
 
 
+def quick_gelu(row: Array) -> Array:
+    return np.array([x / (1 + math.exp(-1.702 * x)) for x in row])
+
+
+def gelu_tanh(row: Array) -> Array:
+    return np.array([0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) for x in row])
+
+
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh}
+
+
 def silu(row: Array) -> Array:
     return np.asarray(row / (1 + np.exp(-row)))
 
@@ -93,22 +105,27 @@ def rotate(row: Array, position: int, theta: float) -> Array:
 # --- vision --------------------------------------------------------------------------------------------------------
 
 
-def encode(weights: Weights, config: VisionConfig, pixels: Array) -> tuple[Array, Array]:
-    """One picture [3, H, W] to patch features [P, F] and CLS attention [P]."""
-    side, width = config.patch_size, config.hidden_size
+def encode(
+    weights: Weights, config: VisionConfig, pixels: Array, ranked_by: str = "cls_attention"
+) -> tuple[Array, Array]:
+    """One picture [3, H, W] to patch features [P, F], and what is paid to each patch [P].
+
+    By CLS, summed over heads; or (`received_attention`) by all rows, as a mean over them, summed over heads.
+    """
+    side, width, first = config.patch_size, config.hidden_size, 1 if config.has_cls else 0
     kernel = weights["vision.patch_embed.weight"].reshape(width, -1)
-    hidden = [weights["vision.cls_token"]]
+    hidden = [weights["vision.cls_token"]] if config.has_cls else []
     for y in range(config.grid):
         for x in range(config.grid):
             patch = pixels[:, y * side : (y + 1) * side, x * side : (x + 1) * side]
             hidden.append(kernel @ patch.reshape(-1) + weights["vision.patch_embed.bias"])
     hidden = [row + place for row, place in zip(hidden, weights["vision.position"], strict=True)]
-    states, cls_attention = [hidden], np.zeros(config.num_patches)
+    if config.embedding_norm:
+        hidden = [_normed(weights, "vision.norm", row, config.layer_norm_eps) for row in hidden]
+    states, paid = [hidden], np.zeros(len(hidden))
     for layer in range(config.num_layers):
         name, eps = f"vision.blocks.{layer}", config.layer_norm_eps
-        normed = [
-            layer_norm(row, weights[f"{name}.norm1.weight"], weights[f"{name}.norm1.bias"], eps) for row in hidden
-        ]
+        normed = [_normed(weights, f"{name}.norm1", row, eps) for row in hidden]
         qkv = [linear(weights, f"{name}.qkv", row).reshape(3, config.num_heads, -1) for row in normed]
         mixed = np.zeros((len(hidden), config.num_heads, width // config.num_heads))
         for head in range(config.num_heads):
@@ -116,20 +133,37 @@ def encode(weights: Weights, config: VisionConfig, pixels: Array) -> tuple[Array
                 scores = [float(qkv[row][0, head] @ other[1, head]) / math.sqrt(mixed.shape[2]) for other in qkv]
                 shares = softmax(scores)
                 mixed[row, head] = sum(share * other[2, head] for share, other in zip(shares, qkv, strict=True))
-                if row == 0 and layer + 1 == config.select_layer:
-                    cls_attention += shares[1:]
+                if layer + 1 == config.select_layer and ranked_by == "received_attention":
+                    paid += shares / len(hidden)
+                elif layer + 1 == config.select_layer and config.has_cls and row == 0:
+                    paid += shares
         hidden = [row + linear(weights, f"{name}.out", mix.reshape(-1)) for row, mix in zip(hidden, mixed, strict=True)]
-        normed = [
-            layer_norm(row, weights[f"{name}.norm2.weight"], weights[f"{name}.norm2.bias"], eps) for row in hidden
-        ]
-        grown = [gelu(linear(weights, f"{name}.fc1", row)) for row in normed]
+        normed = [_normed(weights, f"{name}.norm2", row, eps) for row in hidden]
+        grown = [ACTIVATIONS[config.activation](linear(weights, f"{name}.fc1", row)) for row in normed]
         hidden = [row + linear(weights, f"{name}.fc2", more) for row, more in zip(hidden, grown, strict=True)]
         states.append(hidden)
-    features = [
-        np.concatenate([layer_norm(states[layer][1 + patch], 1.0, 0.0, 1e-5) for layer in config.feature_layers])
-        for patch in range(config.num_patches)
+    if config.output_norm:
+        states[-1] = [_normed(weights, "vision.output_norm", row, config.layer_norm_eps) for row in hidden]
+    features = []
+    for patch in range(first, len(hidden)):
+        read = [states[layer][patch] for layer in config.feature_layers]
+        features.append(
+            np.concatenate([layer_norm(row, 1.0, 0.0, 1e-5) for row in read] if config.feature_norm else read)
+        )
+    return np.array(features), paid[first:]
+
+
+def _normed(weights: Weights, name: str, row: Array, eps: float) -> Array:
+    return layer_norm(row, weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+
+def squares(grid: int, side: int) -> list[list[int]]:
+    """The patches of each square of `side` by `side`, squares and patches in raster order (pixel shuffle)."""
+    return [
+        [(top + y) * grid + left + x for y in range(side) for x in range(side)]
+        for top in range(0, grid, side)
+        for left in range(0, grid, side)
     ]
-    return np.array(features), cls_attention
 
 
 def mix_neighbours(weights: Weights, name: str, patches: list[Array], grid: int) -> list[Array]:
@@ -147,8 +181,16 @@ def mix_neighbours(weights: Weights, name: str, patches: list[Array], grid: int)
 
 
 def project(weights: Weights, config: ModelConfig, features: Array) -> Array:
-    """[P, F] to [P, D]."""
+    """[P, F] to tokens [T, D]."""
     out = []
+    features = np.array(
+        [
+            np.concatenate([features[patch] for patch in square])
+            for square in squares(config.vision.grid, config.pixel_shuffle)
+        ]
+    )
+    if config.projector == "linear":
+        return np.array([linear(weights, "projector.matrix", row) for row in features])
     hidden = [gelu(linear(weights, "projector.fc1", row)) for row in features]
     for number in range(config.projector_convs):
         hidden = mix_neighbours(weights, f"projector.convs.{number}", hidden, config.vision.grid)
@@ -163,6 +205,60 @@ def project(weights: Weights, config: ModelConfig, features: Array) -> Array:
     return np.array(out)
 
 
+# --- tiles that are joined -----------------------------------------------------------------------------------------
+
+
+def join(
+    weights: Weights, config: ModelConfig, cut: Cut, views: Sequence[Array], paid: Sequence[Array]
+) -> tuple[Array, Array]:
+    """The tokens [N, D] of all views of one picture, and what is paid to each [N], as one run.
+
+    The thumbnail, then the mosaic of tiles line by line, a newline behind each line. What padding alone shows is left
+    out: a line or column of patches at either end, as long as they come in pairs. To a newline nothing is paid.
+    """
+    newline = np.append(weights["newline"], 0.0)
+    seen = [np.hstack([tokens, scores[:, None]]) for tokens, scores in zip(views, paid, strict=True)]
+    if not cut.rows:
+        rows = [*seen[0], newline]
+        return np.array(rows)[:, :-1], np.array(rows)[:, -1]
+    grid = config.vision.grid
+    mosaic = [
+        [
+            seen[1 + line // grid * cut.columns + column // grid][line % grid * grid + column % grid]
+            for column in range(cut.columns * grid)
+        ]
+        for line in range(cut.rows * grid)
+    ]
+    scale = min(len(mosaic[0]) / cut.width, len(mosaic) / cut.height)
+    if cut.width * len(mosaic) > cut.height * len(mosaic[0]):
+        while len(mosaic) - int(round(cut.height * scale, 7)) >= 2:
+            mosaic = mosaic[1:-1]
+    else:
+        while len(mosaic[0]) - int(round(cut.width * scale, 7)) >= 2:
+            mosaic = [line[1:-1] for line in mosaic]
+    if config.tiles is not None and config.tiles.max_tiles:
+        mosaic = shrink(mosaic, config.tiles.max_tiles * grid**2)
+    rows = [*seen[0], *(row for line in mosaic for row in [*line, newline])]
+    return np.array(rows)[:, :-1], np.array(rows)[:, -1]
+
+
+def shrink(mosaic: list[list[Array]], most: int) -> list[list[Array]]:
+    """With more than `most` tokens (and a fifth on top): read in between at fewer places, evenly and linearly."""
+    ratio = math.sqrt(len(mosaic) * len(mosaic[0]) / most)
+    if ratio <= 1.1:
+        return mosaic
+    lines, columns = int(len(mosaic) // ratio), int(len(mosaic[0]) // ratio)
+
+    def between(rows: Sequence[Any], place: int, count: int) -> Any:
+        centre = min(max((place + 0.5) * len(rows) / count - 0.5, 0), len(rows) - 1)
+        before = int(centre)
+        after = min(before + 1, len(rows) - 1)
+        return np.array(rows[before]) * (1 - (centre - before)) + np.array(rows[after]) * (centre - before)
+
+    fewer = [between(mosaic, line, lines) for line in range(lines)]
+    return [[between(line, column, columns) for column in range(columns)] for line in fewer]
+
+
 # --- the three choices of Skip-Vision ------------------------------------------------------------------------------
 
 
@@ -170,6 +266,19 @@ def select(scores: Sequence[float] | Array, num_retained: int) -> tuple[list[int
     """The best-scored patches and the others, both in raster order."""
     ranked = sorted(range(len(scores)), key=lambda patch: -scores[patch])
     return sorted(ranked[:num_retained]), sorted(ranked[num_retained:])
+
+
+def ranking(selector: str, paid: Array, num_retained: int, num_thumbnail: int, drawn: Array | None = None) -> Array:
+    """Scores of the tokens of one run. `drawn`: what a random selector draws."""
+    if selector == "random":
+        assert drawn is not None
+        return drawn
+    taken: set[int] | None = None
+    if selector == "uniform":
+        taken = {number * len(paid) // num_retained for number in range(num_retained)}
+    if selector == "first":
+        taken = set(range(num_thumbnail))
+    return paid if taken is None else np.array([float(token in taken) for token in range(len(paid))])
 
 
 def merge(tokens: Array, num_merged: int) -> Array:
@@ -202,8 +311,8 @@ def picture_rows(weights: Weights, config: ModelConfig, tokens: Array, scores: A
     kept, rest = select(scores, skip.num_retained)
     rows = [Row(tokens[patch], RETAINED, image) for patch in kept]
     rows.append(Row(summarise(weights, tokens[kept]), SUMMARY, image))
-    if skip.num_skipped:
-        merged = merge(tokens[rest], skip.num_skipped)
+    if skip.num_skipped and rest:
+        merged = merge(tokens[rest], min(skip.num_skipped, len(rest)))
         rows += [Row(token, SKIPPED, image) for token in merged]
         rows.append(Row(summarise(weights, merged), SUMMARY, image))
     return rows
@@ -347,9 +456,10 @@ def plain_llama(weights: Weights, config: TextConfig, embeddings: Array) -> Arra
     for layer in range(config.num_layers):
         w = {part: weights[f"decoder.layers.{layer}.{part}.weight"].T for part in _LLAMA_PARTS}
         x = norm(hidden, f"decoder.layers.{layer}.norm1")
-        query = rope((x @ w["attention.q"]).reshape(length, -1, size))
-        key = rope((x @ w["attention.k"]).reshape(length, -1, size)).repeat(shared, 1)
-        value = (x @ w["attention.v"]).reshape(length, -1, size).repeat(shared, 1)
+        bias = {part: weights.get(f"decoder.layers.{layer}.attention.{part}.bias", 0.0) for part in "qkv"}
+        query = rope((x @ w["attention.q"] + bias["q"]).reshape(length, -1, size))
+        key = rope((x @ w["attention.k"] + bias["k"]).reshape(length, -1, size)).repeat(shared, 1)
+        value = (x @ w["attention.v"] + bias["v"]).reshape(length, -1, size).repeat(shared, 1)
         scores = np.einsum("qhd,khd->hqk", query, key) / math.sqrt(size) + causal
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)

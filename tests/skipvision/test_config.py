@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipvision.config import ConfigError, ModelConfig, SkipConfig, TextConfig, VisionConfig
+from skipvision.config import ConfigError, ModelConfig, SkipConfig, TextConfig, TilesConfig, VisionConfig
 from tests.skipvision.tiny import SKIPS, tiny_config
 
 EPSILONS = st.floats(1e-12, 1e-3)
@@ -21,19 +21,27 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     """Any config that can work."""
     size = st.integers(1, 64)
     patch_size, grid, num_layers, heads, shared = (draw(st.integers(1, 8)) for _ in range(5))
+    has_cls, reads_last = draw(st.booleans()), draw(st.booleans())
     channel = st.tuples(*[st.floats(0.01, 1)] * 3)
     vision = VisionConfig(
-        image_size=patch_size * grid,
+        image_size=patch_size * grid + draw(st.integers(0, patch_size - 1)),
         patch_size=patch_size,
         hidden_size=heads * draw(size),
         intermediate_size=draw(size),
         num_layers=num_layers,
         num_heads=heads,
         layer_norm_eps=draw(EPSILONS),
-        feature_layers=tuple(draw(st.lists(st.integers(0, num_layers), min_size=1, max_size=4))),
+        feature_layers=(num_layers,)
+        if reads_last
+        else tuple(draw(st.lists(st.integers(0, num_layers), min_size=1, max_size=4))),
         select_layer=draw(st.integers(1, num_layers)),
         image_mean=draw(channel),
         image_std=draw(channel),
+        activation=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu"])),
+        has_cls=has_cls,
+        embedding_norm=draw(st.booleans()),
+        output_norm=reads_last and draw(st.booleans()),
+        feature_norm=draw(st.booleans()),
     )
     text = TextConfig(
         vocab_size=draw(st.integers(1, 100_000)),
@@ -46,6 +54,18 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         rope_theta=draw(st.floats(2, 1e7)),
         rms_norm_eps=draw(EPSILONS),
         tie_embeddings=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        max_positions=draw(st.integers(0, 10_000)),
+    )
+    counts = st.integers(1, 4)
+    sizes = tuple(
+        (vision.image_size * lines, vision.image_size * columns)
+        for lines, columns in draw(st.lists(st.tuples(counts, counts), min_size=1, max_size=4))
+    )
+    tiles = draw(
+        st.none()
+        | st.builds(TilesConfig, st.just(sizes), max_tiles=counts, among_others=st.booleans())
+        | st.builds(TilesConfig, longest_edge=st.integers(1, 5000))
     )
     skip = None
     if draw(st.booleans()):
@@ -53,11 +73,11 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         skip = SkipConfig(
             retained,
             draw(st.integers(0, grid**2 - retained)),
-            draw(st.sampled_from(["cls_attention", "random", "uniform"])),
+            draw(st.sampled_from(["cls_attention"] * has_cls + ["received_attention", "random", "uniform"])),
             draw(st.sampled_from(["image", "all"])),
         )
     return ModelConfig(
-        vision, text, skip, projector_convs=draw(st.integers(0, 3)), projector_position=draw(st.booleans())
+        vision, text, skip, tiles, projector_convs=draw(st.integers(0, 3)), projector_position=draw(st.booleans())
     )
 
 
@@ -91,8 +111,9 @@ def altered(path: str, value: Any) -> str:
             "vison",
             {},
             (
-                "config: unknown key 'vison'; known: "
-                "projector_convs, projector_norm, projector_position, projector_size, skip, text, vision"
+                "config: unknown key 'vison'; known: pixel_shuffle, projector, "
+                "projector_convs, projector_norm, projector_position, projector_size, projector_trained, resampler, "
+                "skip, skip_trained, text, tiles, vision$"
             ),
         ),
         ("vision.patchsize", 4, "vision: unknown key 'patchsize'; known: .*patch_size"),
@@ -121,7 +142,14 @@ def test_unknown_keys_are_errors_that_list_the_known_ones(path: str, value: Any,
         ("text.rms_norm_eps", "small", "text.rms_norm_eps: expected float, got 'small'"),
         ("text.rms_norm_eps", True, "text.rms_norm_eps: expected float, got True"),
         ("text.tie_embeddings", 1, "text.tie_embeddings: expected bool, got 1"),
-        ("skip.selector", "best", "skip.selector: expected one of 'cls_attention', 'random', 'uniform', got 'best'"),
+        (
+            "skip.selector",
+            "best",
+            (
+                "skip.selector: expected one of 'cls_attention', 'received_attention', 'first', 'random',"
+                " 'uniform', got 'best'$"
+            ),
+        ),
         ("skip.selector", ["random"], "skip.selector: expected one of"),
         ("skip.visibility", "none", "skip.visibility: expected one of 'image', 'all', got 'none'"),
         ("projector_position", "yes", "projector_position: expected bool, got 'yes'"),
@@ -141,7 +169,7 @@ def test_whole_numbers_are_good_for_fractions() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("vision.patch_size", 5),
+        ("vision.patch_size", 17),
         ("vision.num_heads", 5),
         ("vision.feature_layers", []),
         ("vision.feature_layers", [4]),
@@ -217,6 +245,51 @@ def test_a_missing_part_is_named() -> None:
     del data["vision"]
     with pytest.raises(ConfigError, match=r"^config: missing key 'vision'$"):
         ModelConfig.from_json(json.dumps(data))
+
+
+def test_what_patches_leave_over_of_a_picture_is_not_counted() -> None:
+    """384 pixels in patches of 14 are 27 of them, and 6 pixels at the edge."""
+    vision = VisionConfig(image_size=384, patch_size=14)
+    assert (vision.grid, vision.num_patches, vision.num_rows) == (27, 729, 730)
+    assert VisionConfig(image_size=384, patch_size=14, has_cls=False).num_rows == 729
+    assert VisionConfig(image_size=14, patch_size=14).num_patches == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("vision.activation", "relu", "vision.activation: expected one of 'gelu', 'gelu_tanh', 'quick_gelu'"),
+        ("vision.output_norm", True, "vision.output_norm asks for the last layer as the one that is read"),
+        ("vision.has_cls", False, "skip.selector cls_attention needs an encoder with a CLS token"),
+        ("text.max_positions", -1, "text.max_positions must be finite and at least 0, got -1"),
+        ("projector", "conv", "projector: expected one of 'mlp', 'linear'"),
+        ("projector", "linear", "projector_convs and projector_position need projector mlp"),
+        ("pixel_shuffle", 2, "projector_convs and projector_position need projector mlp, and pixel_shuffle 1"),
+        ("pixel_shuffle", 3, "pixel_shuffle must divide 4, got 3"),
+        ("pixel_shuffle", 0, "pixel_shuffle must divide 4, got 0"),
+        ("tiles", {"sizes": [[16, 15]]}, "tiles.sizes must be multiples of vision.image_size 16"),
+        ("tiles", {"sizes": [[16]]}, "tiles.sizes: expected 2 values, got 1"),
+        ("tiles", {}, "tiles: either sizes or longest_edge"),
+        ("tiles", {"size": 3}, "tiles: unknown key 'size'; known: among_others, longest_edge, max_tiles, sizes"),
+        ("skip.selector", "first", "skip.selector first needs tiles that are joined to a thumbnail"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_named(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        ModelConfig.from_json(altered(path, value))
+
+
+def test_joined_tiles_may_skip_more_than_a_thumbnail_has() -> None:
+    config = ModelConfig.from_json(altered("tiles", {"sizes": [[32, 32]]}))
+    assert config.skip is not None
+    assert replace(config, skip=replace(config.skip, num_skipped=1000)).num_skipped == 1000
+    with pytest.raises(ConfigError, match="first retains 16 tokens, not 5"):
+        replace(config, skip=replace(config.skip, selector="first"))
+    thumbnail = SkipConfig(16, 1000, "first")
+    assert replace(config, skip=thumbnail).num_retained == 16
+    apart = ModelConfig.from_json(altered("tiles", {"longest_edge": 32}))
+    with pytest.raises(ConfigError, match="num_skipped must be at most 11"):
+        replace(apart, skip=SkipConfig(5, 12))
 
 
 def test_counts_follow_from_sizes() -> None:

@@ -133,7 +133,7 @@ def test_a_prompt_costs_the_sum_of_its_parts() -> None:
     layout = TokenLayout((3, ImageSpan.of(config), 4, ImageSpan.of(config), 5))
     cost = prompt_cost(config, layout, bytes_per_element=4)
     kept = 12 + 2 * (MERGED.num_retained + 2)
-    assert cost.vision_flops == 2 * vision_flops(config)
+    assert cost.vision_flops == 2 * vision_flops(config, ImageSpan.of(config))
     assert cost.prefill_flops == decoder_flops(config.text, layout) + head_flops(config.text)
     assert cost.decode_flops == decode_flops(config.text, kept)
     assert cost.kv_bytes == kv_bytes(config.text, kept, 4)

@@ -215,6 +215,29 @@ def test_another_skip_setting_is_the_same_weights_in_the_same_memory(tied: bool)
         assert_agrees_with_reference(other, batch_of(other, [PROMPTS["image-between"]]))
 
 
-def test_a_plain_model_cannot_be_made_to_skip() -> None:
-    with pytest.raises(RuntimeError, match="summary"):
-        tiny_model(tiny_config(None)).with_skip(SkipConfig(3, 2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_plain_model_that_is_made_to_skip_takes_means_until_it_is_trained(dtype: torch.dtype) -> None:
+    plain = tiny_model(tiny_config(None), dtype=dtype)
+    model = plain.with_skip(SkipConfig(3, 2))
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    own, found = plain.state_dict(), model.state_dict()
+    assert all(found[name].data_ptr() == own[name].data_ptr() for name in own)
+    with torch.no_grad():
+        rows = model.encode_images(random_pictures(2).to(dtype))
+    # Retained, their mean, skipped, theirs; the softmax is taken in fp32.
+    torch.testing.assert_close(rows[:, 3], rows[:, :3].mean(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(rows[:, 6], rows[:, 4:6].mean(1), rtol=0, atol=1e-6)
+    assert_agrees_with_reference(model, batch_of(model, [PROMPTS["two-images-apart"]]))
+    assert plain.with_skip(None).summary is None
+    # It learns: nothing of it is at rest but where it starts.
+    assert model.summary is not None
+    assert all(parameter.requires_grad for parameter in model.summary.parameters())
+
+
+def test_a_trained_summary_is_kept_when_the_setting_changes() -> None:
+    model = tiny_model()
+    other = model.with_skip(SkipConfig(3, 2))
+    assert other.summary is not None and model.summary is not None
+    assert other.summary.score.weight.any()
+    assert torch.equal(other.summary.score.weight, model.summary.score.weight)

@@ -1,12 +1,11 @@
-"""A published checkpoint computes here what it computes in transformers."""
+"""A published checkpoint of any family computes here what it computes in transformers."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,175 +14,199 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skipvision.checkpoint import CheckpointError, NoCheckpointError
-from skipvision.config import ConfigError
-from skipvision.layout import BatchLayout, TokenLayout
+from skipvision.config import ConfigError, ModelConfig
 from skipvision.model import SkipVisionModel
 from skipvision.published import load_published
-from tests.optional import missing
+from tests.skipvision import zoo
 
-IMAGE, VOCABULARY, PATCHES = 7, 120, 16
-PROMPTS = {
-    "image first": [[IMAGE, 1, 20, 30, 40]],
-    "text only": [[1, 20, 30, 40]],
-    "two images": [[1, IMAGE, 20, IMAGE, 30]],
-    "unequal batch": [[1, IMAGE, 20, 30, 40, 50], [1, 20, IMAGE], [9, 10]],
-}
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
-@pytest.fixture(scope="module")
-def theirs() -> Any:
-    """A tiny LLaVA-1.5 with weights that make its choices clear."""
-    if find_spec("transformers") is None:
-        missing("transformers")
-    transformers = import_module("transformers")
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7
-    )
-    text = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        rope_theta=5000.0,
-    )
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=PATCHES
-    )
-    torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Norms around 1, so that one which is lost shows; the rest so large that no output is nearly constant.
-            noise = torch.randn_like(parameter)
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else parameter + 0.2 * noise)
-    return model
+@dataclass(frozen=True)
+class Case:
+    """One model of the zoo in a folder, theirs and ours."""
+
+    kind: zoo.Kind
+    theirs: Any
+    folder: Path
+    ours: SkipVisionModel
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.ours.config
 
 
 @pytest.fixture(scope="module")
-def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("published") / "llava"
-    theirs.save_pretrained(path)
-    return path
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """By name, each made once."""
+    root, made = tmp_path_factory.mktemp("published"), dict[str, Case]()
+    kinds = {kind.name: kind for kind in zoo.KINDS}
+
+    def case(name: str) -> Case:
+        if name not in made:
+            theirs, folder = zoo.made(kinds[name]), root / name
+            theirs.save_pretrained(folder)
+            made[name] = Case(kinds[name], theirs, folder, load_published(folder))
+        return made[name]
+
+    return case
+
+
+@pytest.fixture(params=[kind.name for kind in zoo.KINDS])
+def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
+    return cases(request.param)
 
 
 @pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
+def llava(cases: Callable[[str], Case], tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(cases("llava").folder, tmp_path / "copy"))
 
 
-@pytest.fixture(scope="module")
-def ours(folder: Path) -> SkipVisionModel:
-    return load_published(folder)
+def same_weights(folder: Path, wanted: SkipVisionModel) -> bool:
+    found, expected = load_published(folder).state_dict(), wanted.state_dict()
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def pixels(count: int) -> torch.Tensor:
-    return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(count))
+def last_logits(model: SkipVisionModel, prompts: list[zoo.Prompt]) -> torch.Tensor:
+    padded, table, batch = zoo.our_batch(model, prompts)
+    return model.prefill(padded, table, batch, batch.num_kept)[0].float()
 
 
-def their_logits(model: Any, ids: Sequence[int], pictures: torch.Tensor) -> torch.Tensor:
-    """[vocab] of the last of one prompt's rows; transformers wants a placeholder for each patch."""
-    spelt = [each for token in ids for each in [token] * (PATCHES if token == IMAGE else 1)]
-    given = {"pixel_values": pictures} if len(pictures) else {}
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=torch.tensor([spelt]), **given).logits[0, -1]
-    return logits
+@pytest.mark.parametrize("prompts", zoo.PROMPTS.values(), ids=zoo.PROMPTS.keys())
+def test_logits_are_those_of_transformers(case: Case, prompts: list[zoo.Prompt]) -> None:
+    ours = last_logits(case.ours, prompts)
+    for row, prompt in enumerate(prompts):
+        theirs = zoo.their_logits(case.kind, case.theirs, case.config, prompt)
+        torch.testing.assert_close(ours[row], theirs, atol=1e-4, rtol=0)
 
 
-def our_batch(
-    model: SkipVisionModel, prompts: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor, BatchLayout]:
-    """Padded ids, visual rows, layout."""
-    width = max(map(len, prompts))
-    layouts = [TokenLayout.of(ids, IMAGE, model.config) for ids in prompts]
-    count = sum(len(layout.images) for layout in layouts)
-    with torch.no_grad():
-        visual = model.encode_images(pixels(count)) if count else torch.zeros(0, PATCHES, 32)
-    padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts])
-    return padded, visual, BatchLayout.of(layouts, width)
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_logits_are_those_of_transformers(theirs: Any, ours: SkipVisionModel, name: str) -> None:
-    prompts = PROMPTS[name]
-    padded, visual, batch = our_batch(ours, prompts)
-    logits, _ = ours.prefill(padded, visual, batch, batch.num_kept)
-    pictures, first = pixels(sum(ids.count(IMAGE) for ids in prompts)), 0
-    for row, ids in enumerate(prompts):
-        mine = pictures[first : (first := first + ids.count(IMAGE))]
-        torch.testing.assert_close(logits[row], their_logits(theirs, ids, mine), atol=1e-4, rtol=0)
-
-
-def test_64_greedy_tokens_are_those_of_transformers(theirs: Any, ours: SkipVisionModel) -> None:
-    ids = PROMPTS["two images"][0]
-    padded, visual, batch = our_batch(ours, [ids])
-    (answer,) = ours.generate(padded.tolist(), visual, batch, 64, stop_id=-1)
+def test_64_greedy_tokens_are_those_of_transformers(case: Case) -> None:
+    (prompt,) = zoo.PROMPTS["two images"]
+    padded, table, batch = zoo.our_batch(case.ours, [prompt])
+    (answer,) = case.ours.generate(padded.tolist(), table, batch, 64, stop_id=-1)
     wanted: list[int] = []
     while len(wanted) < 64:
-        wanted.append(int(their_logits(theirs, [*ids, *wanted], pixels(2)).argmax()))
+        wanted.append(int(zoo.their_logits(case.kind, case.theirs, case.config, [*prompt, *wanted]).argmax()))
     assert answer == wanted
     assert len(set(answer)) > 5  # or else it would say little
 
 
-@pytest.mark.parametrize(("dtype", "cosine"), [(torch.float16, 0.9999), (torch.bfloat16, 0.999)])
-def test_half_precision_is_close(folder: Path, ours: SkipVisionModel, dtype: torch.dtype, cosine: float) -> None:
-    rough = load_published(folder, dtype)
+@pytest.mark.parametrize(("dtype", "cosine"), [(torch.float16, 0.9999), (torch.bfloat16, 0.999)], ids=str)
+def test_half_precision_is_close_with_pictures_and_without(case: Case, dtype: torch.dtype, cosine: float) -> None:
+    rough = load_published(case.folder, dtype)
     assert {parameter.dtype for parameter in rough.parameters()} == {dtype}
-    both = []
-    for model in (ours, rough):
-        ids = torch.tensor(PROMPTS["text only"])
-        batch = BatchLayout.of([TokenLayout.of(ids[0].tolist(), IMAGE, model.config)], ids.shape[1])
-        visual = torch.zeros(0, PATCHES, 32, dtype=model.decoder.embed.weight.dtype)
-        both.append(model.prefill(ids, visual, batch, batch.num_kept)[0][0].float())
-    exact, rounded = both
-    assert torch.cosine_similarity(exact, rounded, dim=0) > cosine
-    assert float(rounded.norm() / exact.norm()) == pytest.approx(1, abs=0.02)
+    for prompts in zoo.PROMPTS.values():
+        exact, rounded = (last_logits(model, prompts) for model in (case.ours, rough))
+        assert torch.cosine_similarity(exact, rounded).min() > cosine
+        ratios = rounded.norm(dim=1) / exact.norm(dim=1)
+        torch.testing.assert_close(ratios, torch.ones_like(ratios), atol=0.02, rtol=0)
 
 
-def test_shards_and_other_spellings_are_the_same_model(theirs: Any, ours: SkipVisionModel, copy: Path) -> None:
-    sharded = copy.with_name("sharded")
-    theirs.save_pretrained(sharded, max_shard_size="20KB")
-    assert len(list(sharded.glob("*.safetensors"))) > 2
-    newer = copy.with_name("newer")
-    shutil.copytree(copy, newer)
-    save_file(
-        {_newer(name): tensor for name, tensor in load_file(copy / "model.safetensors").items()},
-        newer / "model.safetensors",
-    )
-    for folder in (sharded, newer):
-        found, wanted = load_published(folder).state_dict(), ours.state_dict()
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+def test_shards_are_the_same_model(case: Case, tmp_path: Path) -> None:
+    case.theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert same_weights(tmp_path, case.ours)
 
 
-def _newer(name: str) -> str:
-    """As transformers 5 names them in memory, with the tower as it was before."""
+def in_memory(name: str) -> str:
+    """As transformers 5 names it while it runs."""
     if name.startswith("language_model.model."):
         return name.replace("language_model.model.", "model.language_model.")
     if name.startswith("language_model.lm_head"):
         return name.removeprefix("language_model.")
-    return "model." + name.replace("vision_tower.", "vision_tower.vision_model.")
+    return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
 
 
-def test_progress_is_told_with_every_tensor(theirs: Any, copy: Path) -> None:
-    sharded = copy.with_name("sharded")
-    theirs.save_pretrained(sharded, max_shard_size="20KB")
+def test_progress_is_told_with_every_tensor(case: Case, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    case.theirs.save_pretrained(sharded, max_shard_size="20KB")
     shares: list[float] = []
     load_published(sharded, progress=lambda _what, share: shares.append(share))
-    assert len(shares) == len(load_file(copy / "model.safetensors"))
+    assert len(shares) == len(load_file(case.folder / "model.safetensors"))
     assert 0 < shares[0] < shares[-1] == 1
     assert shares == sorted(shares)
 
 
-def test_weights_are_not_copied(folder: Path) -> None:
+def with_old_tower(name: str) -> str:
+    """As transformers 4 wrapped the tower."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    [in_memory, with_old_tower, lambda name: with_old_tower(in_memory(name))],
+    ids=["in memory", "old tower", "both"],
+)
+def test_other_spellings_are_the_same_model(case: Case, tmp_path: Path, spelt: Callable[[str], str]) -> None:
+    copy = shutil.copytree(case.folder, tmp_path / "spelt")
+    stored = load_file(copy / "model.safetensors")
+    renamed = {spelt(name): tensor for name, tensor in stored.items()}
+    is_smol = case.kind.family in ("smolvlm", "idefics3")  # which has had one spelling
+    assert (renamed.keys() == stored.keys()) == is_smol
+    save_file(renamed, copy / "model.safetensors")
+    assert same_weights(copy, case.ours)
+
+
+def test_what_nothing_reads_is_passed_over(case: Case, tmp_path: Path) -> None:
+    """Buffers of old files, SigLIP's pooling head, the rotary frequencies of old Llamas."""
+    copy = shutil.copytree(case.folder, tmp_path / "more")
+    stored = load_file(copy / "model.safetensors")
+    tower = next(name for name in stored if "vision" in name).split("embeddings.")[0].split("encoder.")[0]
+    text = next(name for name in stored if name.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
+    for name in (
+        f"{tower}embeddings.position_ids",
+        f"{tower}head.probe",
+        f"{text}layers.0.self_attn.rotary_emb.inv_freq",
+    ):
+        stored[name] = torch.zeros(3)
+    save_file(stored, copy / "model.safetensors")
+    assert same_weights(copy, case.ours)
+
+
+def test_weights_are_not_copied(case: Case) -> None:
     """Those of the decoder lie in the file, which is mapped: memory holds what was read, and that once."""
-    model = load_published(folder)
+    model = load_published(case.folder)
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(folder / "model.safetensors"))]
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(case.folder / "model.safetensors"))]
     for parameter in model.decoder.parameters():
         assert any(int(low, 16) <= parameter.data_ptr() < int(high, 16) for low, high in ranges)
+
+
+def test_the_head_is_tied_where_theirs_is(case: Case) -> None:
+    is_tied = case.kind.family == "llava_onevision"
+    assert (case.theirs.lm_head.weight is case.theirs.get_input_embeddings().weight) == is_tied
+    assert (case.ours.decoder.head.weight is case.ours.decoder.embed.weight) == is_tied
+    assert case.config.text.tie_embeddings == is_tied
+
+
+def test_a_file_without_a_head_has_it_tied_whatever_its_config_says(llava: Path) -> None:
+    stored = load_file(llava / "model.safetensors")
+    del stored[HEAD]
+    save_file(stored, llava / "model.safetensors")
+    model = load_published(llava)
+    assert model.decoder.head.weight is model.decoder.embed.weight
+    assert model.config.text.tie_embeddings
+
+
+@pytest.mark.parametrize("differs", [True, False], ids=["another", "the same"])
+def test_a_head_that_is_stored_counts_even_where_config_says_tied(
+    cases: Callable[[str], Case], tmp_path: Path, differs: bool
+) -> None:
+    """As in transformers, which then ties what is equal alone."""
+    case = cases("llava-onevision")
+    copy = shutil.copytree(case.folder, tmp_path / "headed")
+    stored = load_file(copy / "model.safetensors")
+    stored[HEAD] = stored[EMBEDDING].flip(0) if differs else stored[EMBEDDING].clone()
+    save_file(stored, copy / "model.safetensors")
+    ours, prompts = load_published(copy), zoo.PROMPTS["text only"]
+    theirs = type(case.theirs).from_pretrained(copy).eval()
+    assert torch.equal(theirs.lm_head.weight, stored[HEAD])
+    assert torch.equal(ours.decoder.head.weight, stored[HEAD])
+    assert torch.equal(ours.decoder.embed.weight, stored[EMBEDDING])
+    expected = zoo.their_logits(case.kind, theirs, ours.config, prompts[0])
+    torch.testing.assert_close(last_logits(ours, prompts)[0], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +214,8 @@ def test_weights_are_not_copied(folder: Path) -> None:
     [
         ("none", NoCheckpointError, "no such checkpoint folder"),
         ("config", NoCheckpointError, "config.json is missing"),
-        ("family", ConfigError, "LLaVA-NeXT is not computed here yet"),
+        ("family", ConfigError, "unknown family model_type='qwen2_vl'; known: llava"),
+        ("other family", CheckpointError, 'the weights do not fit config.json: Missing key.*"newline"'),
         ("scaling", ConfigError, "'linear' is not computed here, only 'default'"),
         ("activation", ConfigError, "hidden_act: 'gelu' is not computed here"),
         ("weights", CheckpointError, "model.safetensors is missing; download it again"),
@@ -199,23 +223,30 @@ def test_weights_are_not_copied(folder: Path) -> None:
         ("cut", CheckpointError, "unreadable"),
         ("unknown", CheckpointError, "unknown weight what.is.this"),
         ("lost", CheckpointError, "the weights do not fit config.json: Missing key"),
+        ("bias", CheckpointError, "the weights do not fit config.json: Unexpected key.*attention.k.bias"),
+        ("part", CheckpointError, "the weights do not fit config.json: Missing key.*qkv.weight"),
+        ("embedding", CheckpointError, "the weights do not fit config.json: Missing key.*embed.weight"),
+        ("shape", CheckpointError, "the weights do not fit config.json: size mismatch for decoder.norm.weight"),
         ("index", CheckpointError, "index.json: unreadable"),
         ("outside", CheckpointError, "'../model.safetensors' is no file beside it"),
         ("shard", CheckpointError, "gone.safetensors is missing"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_sentence(copy: Path, damage: str, error: type[Exception], words: str) -> None:
-    config, weights = copy / "config.json", copy / "model.safetensors"
-    index = copy / "model.safetensors.index.json"
+def test_what_cannot_be_loaded_is_one_sentence(llava: Path, damage: str, error: type[Exception], words: str) -> None:
+    config, weights = llava / "config.json", llava / "model.safetensors"
+    index = llava / "model.safetensors.index.json"
     data = json.loads(config.read_text())
     tensors = load_file(weights)
     match damage:
         case "none":
-            shutil.rmtree(copy)
+            shutil.rmtree(llava)
         case "config":
             config.unlink()
         case "family":
-            config.write_text(json.dumps(data | {"model_type": "llava_next"}))
+            config.write_text(json.dumps(data | {"model_type": "qwen2_vl"}))
+        case "other family":
+            sizes = [[zoo.SIDE, 2 * zoo.SIDE]]
+            config.write_text(json.dumps(data | {"model_type": "llava_next", "image_grid_pinpoints": sizes}))
         case "scaling":
             data["text_config"]["rope_parameters"] = {"rope_type": "linear", "factor": 2.0}
             config.write_text(json.dumps(data))
@@ -225,7 +256,7 @@ def test_what_cannot_be_loaded_is_one_sentence(copy: Path, damage: str, error: t
         case "weights":
             weights.unlink()
         case "pickle":
-            weights.rename(copy / "pytorch_model.bin")
+            weights.rename(llava / "pytorch_model.bin")
         case "cut":
             weights.write_bytes(weights.read_bytes()[:-100])
         case "unknown":
@@ -233,6 +264,16 @@ def test_what_cannot_be_loaded_is_one_sentence(copy: Path, damage: str, error: t
         case "lost":
             del tensors["language_model.model.norm.weight"]
             save_file(tensors, weights)
+        case "bias":
+            save_file(tensors | {"language_model.model.layers.0.self_attn.k_proj.bias": torch.zeros(16)}, weights)
+        case "part":
+            del tensors["vision_tower.encoder.layers.1.self_attn.k_proj.weight"]
+            save_file(tensors, weights)
+        case "embedding":
+            del tensors[EMBEDDING], tensors[HEAD]
+            save_file(tensors, weights)
+        case "shape":
+            save_file(tensors | {"language_model.model.norm.weight": torch.ones(31)}, weights)
         case "index":
             index.write_text("[]")
         case "outside":
@@ -240,5 +281,20 @@ def test_what_cannot_be_loaded_is_one_sentence(copy: Path, damage: str, error: t
         case "shard":
             index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(error, match=words) as refusal:
-        load_published(copy)
+        load_published(llava)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_norm_that_smolvlm_reads_must_be_there(cases: Callable[[str], Case], tmp_path: Path) -> None:
+    """LLaVA does without the one behind its tower."""
+    for name, is_read in (("smolvlm", True), ("llava", False)):
+        copy = shutil.copytree(cases(name).folder, tmp_path / name)
+        stored = load_file(copy / "model.safetensors")
+        kept = {each: tensor for each, tensor in stored.items() if "post_layernorm" not in each}
+        assert len(kept) == len(stored) - 2
+        save_file(kept, copy / "model.safetensors")
+        if is_read:
+            with pytest.raises(CheckpointError, match=r"Missing key.*vision\.output_norm\.weight"):
+                load_published(copy)
+        else:
+            assert same_weights(copy, cases(name).ours)

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skipvision.config import SELECTORS as SELECTORS_KNOWN
 from skipvision.config import Selector
 from skipvision.select import split_tokens, token_scores
 from tests.skipvision import reference
 
-SELECTORS: tuple[Selector, ...] = ("cls_attention", "random", "uniform")
+SELECTORS: tuple[Selector, ...] = ("cls_attention", "received_attention", "first", "random", "uniform")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -55,3 +56,24 @@ def test_random_draws_anew_for_every_picture_and_call() -> None:
     assert not torch.equal(first, second)
     torch.manual_seed(0)
     assert torch.equal(split_tokens(token_scores("random", attention, 96), 96)[0], first)
+
+
+@pytest.mark.parametrize("selector", ["cls_attention", "received_attention"])
+def test_what_is_paid_attention_to_ranks(selector: Selector) -> None:
+    attention = torch.rand(2, 16)
+    assert torch.equal(token_scores(selector, attention, 5), attention)
+
+
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_thumbnail_takes_the_first_whatever_is_paid_to_the_others(count: int) -> None:
+    scores = token_scores("first", torch.arange(32.0).view(2, 16), count)
+    assert split_tokens(scores, count)[0].tolist() == [list(range(count))] * 2
+
+
+def test_random_draws_from_the_generator_that_is_given() -> None:
+    first, second = (token_scores("random", torch.zeros(2, 9), 3, torch.Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_selectors_are_tested_one_and_all() -> None:
+    assert set(SELECTORS) == set(SELECTORS_KNOWN)

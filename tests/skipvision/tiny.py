@@ -132,9 +132,8 @@ def picture_tokens(
     weights: reference.Weights, config: ModelConfig, pixels: Tensor
 ) -> tuple[reference.Array, reference.Array]:
     """The reference's projected patches of one picture, and the scores that rank them."""
-    features, scores = reference.encode(weights, config.vision, pixels.double().numpy())
-    if config.skip is not None and config.skip.selector == "uniform":
-        stride = config.vision.num_patches / config.skip.num_retained
-        taken = {int(number * stride) for number in range(config.skip.num_retained)}
-        scores = np.array([float(patch in taken) for patch in range(config.vision.num_patches)])
+    skip = config.skip
+    selector = "cls_attention" if skip is None else skip.selector
+    features, paid = reference.encode(weights, config.vision, pixels.double().numpy(), selector)
+    scores = paid if skip is None else reference.ranking(selector, paid, skip.num_retained, config.num_tokens)
     return reference.project(weights, config, features), scores
