@@ -19,9 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from skipvision.checkpoint import CheckpointError, NoCheckpointError, first_misfit
-from skipvision.config import ConfigError, SkipConfig, TextConfig, VisionConfig
+from skipvision.config import ConfigError, ModelConfig, SkipConfig, TextConfig, VisionConfig
 from skipvision.families import NAME_TOWER, KnownModel, read_decoder, read_model, read_tower
 from skipvision.model import SkipVisionModel
+from skipvision.presets import Setting
+
+Skip = SkipConfig | Setting | tuple[int, int] | Literal["off"]
+"""A skip setting: whole, one of the paper's, retained and skipped tokens alone with all else as the paper's authors
+trained it, or the plain model."""
 
 _EMBEDDING, _HEAD_WEIGHT = "decoder.embed.weight", "decoder.head.weight"
 _CONFIG = "config.json"
@@ -71,13 +76,13 @@ def load_published(
     progress: Callable[[str, float], None] = lambda _what, _share: None,
     *,
     tower: Path | None = None,
-    skip: SkipConfig | Literal["off"] | None = None,
+    skip: Skip | None = None,
 ) -> SkipVisionModel:
     """The model in `dtype`, in eval mode, on the CPU. `progress` is told what share of the weights was read.
 
     `tower` is the folder of a CLIP model, for checkpoints without their vision tower or its sizes; weights that are in
     the checkpoint come first. The plain model comes where `skip` is None or `off`. One that has a summary layer of the
-    authors' training does not say how much it skipped, so None is refused there; they trained with visibility `all`.
+    authors' training does not say how much it skipped, so None is refused there.
 
     Raises CheckpointError for a folder without safetensors, a shard that is missing or cut, weights that do not fit
     config.json; ConfigError for a family that is not computed here.
@@ -94,7 +99,7 @@ def load_published(
             f"{directory}: it was trained to skip (it has model.ada) and does not say how much; name the setting, such"
             " as --preset sv-llava-100 or --skip 100/156"
         )
-    asked = None if skip == "off" else skip
+    asked = _skip_config(skip, known.config)
     if asked is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("summary.")}
     _complete_tower(tensors, known.config.vision, dtype)
@@ -114,6 +119,14 @@ def load_published(
     if asked is not None and not is_trained:
         model = model.with_skip(asked)
     return model.eval().requires_grad_(False)
+
+
+def _skip_config(asked: Skip | None, config: ModelConfig) -> SkipConfig | None:
+    if asked is None or asked == "off":
+        return None
+    if isinstance(asked, tuple):
+        asked = Setting("the setting", config.num_tokens, *asked)
+    return asked.skip_config(config) if isinstance(asked, Setting) else asked
 
 
 def load_tower(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[VisionConfig, dict[str, Tensor]]:

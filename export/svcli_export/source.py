@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from skipvision.checkpoint import load_checkpoint
 from skipvision.config import ModelConfig
 from skipvision.model import SkipVisionModel
-from skipvision.published import load_published
+from skipvision.published import Skip, load_published
 from svcli_export.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, load_manifest
 from svcli_export.quantize import num_blocks_read
 from svcli_export.restore import restore_model
@@ -64,12 +64,16 @@ def read_source(folder: Path) -> Source:
     )
 
 
-def read_published(folder: Path, tokenizer: str, template: str) -> Source:
-    """A model that was published for transformers, in the dtype that it is stored in and mapped from its files.
+def read_published(
+    folder: Path, tokenizer: str, template: str, *, tower: Path | None = None, skip: Skip | None = None
+) -> Source:
+    """A published model, in the dtype that it is stored in and mapped from its files.
 
-    `tokenizer` and `template` as chat reads them. Raises CheckpointError or ConfigError.
+    `tokenizer` and `template` as chat reads them; `tower` and `skip` as `load_published` takes them. Raises
+    CheckpointError or ConfigError.
     """
-    return Source(load_published(folder, _stored_dtype(folder)), tokenizer, template, None)
+    model = load_published(folder, _stored_dtype(folder), tower=tower, skip=skip)
+    return Source(model, tokenizer, template, None)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
