@@ -19,14 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from skipvision.checkpoint import CheckpointError, NoCheckpointError, first_misfit
-from skipvision.config import ConfigError, ModelConfig, SkipConfig, TextConfig, VisionConfig
+from skipvision.config import ConfigError, SkipConfig, TextConfig, VisionConfig
 from skipvision.families import NAME_TOWER, KnownModel, read_decoder, read_model, read_tower
 from skipvision.model import SkipVisionModel
-from skipvision.presets import Setting
-
-Skip = SkipConfig | Setting | tuple[int, int] | Literal["off"]
-"""A skip setting: whole, one of the paper's, retained and skipped tokens alone with all else as the paper's authors
-trained it, or the plain model."""
 
 _EMBEDDING, _HEAD_WEIGHT = "decoder.embed.weight", "decoder.head.weight"
 _CONFIG = "config.json"
@@ -76,7 +71,7 @@ def load_published(
     progress: Callable[[str, float], None] = lambda _what, _share: None,
     *,
     tower: Path | None = None,
-    skip: Skip | None = None,
+    skip: SkipConfig | Literal["off"] | None = None,
 ) -> SkipVisionModel:
     """The model in `dtype`, in eval mode, on the CPU. `progress` is told what share of the weights was read.
 
@@ -99,7 +94,7 @@ def load_published(
             f"{directory}: it was trained to skip (it has model.ada) and does not say how much; name the setting, such"
             " as --preset sv-llava-100 or --skip 100/156"
         )
-    asked = _skip_config(skip, known.config)
+    asked = None if skip == "off" else skip
     if asked is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("summary.")}
     _complete_tower(tensors, known.config.vision, dtype)
@@ -119,14 +114,6 @@ def load_published(
     if asked is not None and not is_trained:
         model = model.with_skip(asked)
     return model.eval().requires_grad_(False)
-
-
-def _skip_config(asked: Skip | None, config: ModelConfig) -> SkipConfig | None:
-    if asked is None or asked == "off":
-        return None
-    if isinstance(asked, tuple):
-        asked = Setting("the setting", config.num_tokens, *asked)
-    return asked.skip_config(config) if isinstance(asked, Setting) else asked
 
 
 def load_tower(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[VisionConfig, dict[str, Tensor]]:

@@ -5,14 +5,9 @@ Imports no torch.
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from tokenizers import AddedToken, Tokenizer
 
 IMAGE = "<image>"
-_RESERVED = "<|reserved_special_token_"
-"""Tokens that Llama 3 never says."""
 _PARTS = (
     "{% for part in message.content %}{% if part.type == 'image' %}{{ '<image>\n' }}"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}"
@@ -46,32 +41,15 @@ def original_template(tokenizer: Tokenizer) -> tuple[str, tuple[int, ...]] | Non
     return None if end is None else (_VICUNA, (end,))
 
 
-def with_image_token(tokenizer_json: str, vocab_size: int) -> tuple[int | None, str]:
-    """The id of `<image>`, and a tokenizer that has it; None where none of the model's `vocab_size` ids is to spare.
+def with_image_token(tokenizer_json: str) -> tuple[int, str]:
+    """The id of `<image>`, and a tokenizer that has it.
 
-    LLaVA's own code marks the place of a picture by a number that is no id. Here it has one, whose row nothing reads:
-    one that is there, one of the rows that the tokenizer leaves, a reserved one of Llama 3, or that of `<unk>` where
-    unknown letters are spelled in bytes.
+    LLaVA's own code marks the place of a picture by a number that is no id. Here it has one, whose row nothing reads.
     """
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    found = tokenizer.token_to_id(IMAGE)
-    if found is not None:
-        return (found if found < vocab_size else None), tokenizer_json
-    ids = tokenizer.get_vocab()
-    if max(ids.values()) + 1 < vocab_size:
+    if tokenizer.token_to_id(IMAGE) is None:
         tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-        return tokenizer.token_to_id(IMAGE), tokenizer.to_str()
-    data = json.loads(tokenizer_json)
-    unknown = data["model"].get("unk_token") if data["model"].get("byte_fallback") else None
-    spare = max((name for name in ids if name.startswith(_RESERVED)), key=lambda name: ids[name], default=unknown)
-    if spare is None:
-        return None, tokenizer_json
-    return ids[spare], json.dumps(_renamed(data, spare))
-
-
-def _renamed(data: dict[str, Any], old: str) -> dict[str, Any]:
-    model = data["model"]
-    vocabulary = {IMAGE if name == old else name: number for name, number in model["vocab"].items()}
-    added = [{**each, "content": IMAGE} if each["content"] == old else each for each in data["added_tokens"]]
-    unknown = None if model.get("unk_token") == old else model.get("unk_token")
-    return {**data, "added_tokens": added, "model": {**model, "vocab": vocabulary, "unk_token": unknown}}
+        tokenizer_json = tokenizer.to_str()
+    number = tokenizer.token_to_id(IMAGE)
+    assert number is not None
+    return number, tokenizer_json

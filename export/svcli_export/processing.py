@@ -69,12 +69,7 @@ def read_processing(folder: Path, config: ModelConfig) -> PublishedProcessing:
 def _original(folder: Path, model: Mapping[str, Any], config: ModelConfig) -> PublishedProcessing:
     """Of a folder as LLaVA's own code writes it, which says little of either."""
     tokenizer = read_tokenizer(folder)
-    image_id, text = with_image_token(tokenizer.json, config.text.vocab_size)
-    if image_id is None:
-        raise ProcessingError(
-            f"{folder}: its tokenizer has no token to spare for the place of a picture; add {IMAGE} to it, and a row to"
-            " the model's embedding"
-        )
+    image_id, text = with_image_token(tokenizer.json)
     template, ends = original_template(tokenizer.tokenizer) or (None, ())
     chat = ChatFormat(
         template=read_text(folder, "chat_template.jinja") or template or _template(folder, {}, {}),

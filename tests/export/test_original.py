@@ -31,13 +31,10 @@ LLAMA_3 = (
 )
 
 
-def processing_of(
-    folder: Path, tokenizer: Tokenizer, vocab_size: int | None = None, **more: Any
-) -> PublishedProcessing:
+def processing_of(folder: Path, tokenizer: Tokenizer, **more: Any) -> PublishedProcessing:
     (folder / "config.json").write_text(json.dumps(CONFIG | more))
     tokenizer.save(str(folder / "tokenizer.json"))
-    text = TextConfig(vocab_size=vocab_size or tokenizer.get_vocab_size())
-    return read_processing(folder, ModelConfig(VisionConfig(image_mean=(0.1, 0.2, 0.3)), text))
+    return read_processing(folder, ModelConfig(VisionConfig(image_mean=(0.1, 0.2, 0.3)), TextConfig()))
 
 
 def chat_of(found: PublishedProcessing) -> ChatTokenizer:
@@ -49,30 +46,18 @@ def said(found: PublishedProcessing, turns: list[Message]) -> str:
     return chat.tokenizer.decode(chat.encode(turns), skip_special_tokens=False)
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "more_rows", "place"),
-    [
-        (sentencepiece("legacy"), 0, "there"),
-        (sentencepiece("legacy", special=()), 8, "behind"),
-        (sentencepiece("legacy", special=()), 0, "<unk>"),
-        (llama3(("<image>",)), 0, "there"),
-        (llama3(()), 3, "behind"),
-        (llama3(("<|reserved_special_token_0|>", "<|reserved_special_token_1|>")), 0, "<|reserved_special_token_1|>"),
-    ],
-)
-def test_prompts_are_those_of_their_code(tmp_path: Path, tokenizer: Tokenizer, more_rows: int, place: str) -> None:
-    size = tokenizer.get_vocab_size()
-    found = processing_of(tmp_path, tokenizer, size + more_rows)
-    is_llama_3 = tokenizer.token_to_id("<|eot_id|>") is not None
-    wanted = LLAMA_3 if is_llama_3 else VICUNA
-    assert said(found, TURNS).replace("> A chat", ">A chat").replace("> \n", ">\n").replace("</s> ", "</s>") == wanted
-    where = {"there": tokenizer.token_to_id("<image>"), "behind": size}.get(place, tokenizer.token_to_id(place))
-    assert found.chat.image_id == where
-    ids = chat_of(found).encode(TURNS)
-    assert ids.count(found.chat.image_id) == 2
-    assert max(ids) < size + more_rows
-    ends = {2, tokenizer.token_to_id("<|eot_id|>" if is_llama_3 else "</s>")}
-    assert set(found.chat.stop_ids) == ends
+@pytest.mark.parametrize("special", [(), ("<image>",)])
+@pytest.mark.parametrize("kind", ["vicuna", "llama 3"])
+def test_prompts_are_those_of_their_code(tmp_path: Path, kind: str, special: tuple[str, ...]) -> None:
+    tokenizer = sentencepiece("legacy", special) if kind == "vicuna" else llama3(special)
+    wanted, end = (VICUNA, "</s>") if kind == "vicuna" else (LLAMA_3, "<|eot_id|>")
+    found = processing_of(tmp_path, tokenizer)
+    # Behind a special token, this tokenizer begins anew with a space.
+    assert said(found, TURNS).replace("<s> A", "<s>A").replace("> \n", ">\n").replace("</s> ", "</s>") == wanted
+    place = tokenizer.token_to_id("<image>") if special else tokenizer.get_vocab_size()
+    assert found.chat.image_id == place
+    assert chat_of(found).encode(TURNS).count(place) == 2
+    assert set(found.chat.stop_ids) == {2, tokenizer.token_to_id(end)}
 
 
 def test_a_system_turn_takes_the_place_of_theirs(tmp_path: Path) -> None:
@@ -81,10 +66,9 @@ def test_a_system_turn_takes_the_place_of_theirs(tmp_path: Path) -> None:
     assert text.replace("> ", ">") == "<s>Be brief. USER: What is this? ASSISTANT:"
 
 
-@pytest.mark.parametrize("name", ["<image>", "<unk>"])
-def test_nobody_can_write_the_place_of_a_picture(tmp_path: Path, name: str) -> None:
+def test_nobody_can_write_the_place_of_a_picture(tmp_path: Path) -> None:
     found = processing_of(tmp_path, sentencepiece("legacy", special=()))
-    ids = chat_of(found).encode([Message("user", f"a {name} b", images=1)])
+    ids = chat_of(found).encode([Message("user", "a <image> b", images=1)])
     assert ids.count(found.chat.image_id) == 1
 
 
@@ -101,7 +85,5 @@ def test_a_template_that_lies_beside_it_goes_first(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_spoken_to_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ProcessingError, match="no token to spare for the place of a picture"):
-        processing_of(tmp_path, llama3(()))
     with pytest.raises(ProcessingError, match=r"has no chat template; add one as chat_template.jinja"):
         processing_of(tmp_path, smollm2())
