@@ -26,7 +26,7 @@ from skipvision.presets import Setting
 from skipvision.projector import Projector
 from skipvision.published import load_decoder, load_tower
 from skipvision.summary import SummaryPool
-from skipvision.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
+from skipvision.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, special_ids
 
 _CHECKPOINT_FILES = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
 _CHUNK = 4096
@@ -129,8 +129,9 @@ def _fill(part: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
 def fresh_projector(config: ModelConfig, embedding: Tensor, seed: int) -> Projector:
     """As the head of this file says; `embedding` [vocab, D] says how large text rows are."""
     projector, generator = Projector(config), torch.Generator().manual_seed(seed)
-    power = sum(float(rows.float().square().sum()) for rows in embedding.split(_CHUNK))
-    size = math.sqrt(power / embedding.numel())
+    starts = range(0, len(embedding), _CHUNK)
+    power = [float(embedding[start : start + _CHUNK].float().square().sum()) for start in starts]
+    size = math.sqrt(sum(power) / embedding.numel())
     with torch.no_grad():
         for layer, scale in ((projector.fc1, 1.0), (projector.fc2, size)):
             layer.weight.normal_(0.0, scale * layer.in_features**-0.5, generator=generator)
@@ -158,7 +159,7 @@ def chat_template(tokenizer: Tokenizer) -> str:
     """Our own, behind what the decoder's tokenizer puts in front of a text, such as `<s>`."""
     bare, whole = (tokenizer.encode("a", add_special_tokens=each).ids for each in (False, True))
     start = next((place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0)
-    said = "".join(tokenizer.id_to_token(number) for number in whole[:start])
+    said = "".join(tokenizer.id_to_token(number) or "" for number in whole[:start])
     if tokenizer.encode(said, add_special_tokens=False).ids != whole[:start]:
         return CHAT_TEMPLATE
     return f"{{{{ {json.dumps(said, ensure_ascii=False)} }}}}{CHAT_TEMPLATE}" if said else CHAT_TEMPLATE
@@ -174,7 +175,7 @@ def add_tokens(tokenizer: Tokenizer, decoder: dict[str, Tensor], vocab_size: int
     if max(known) >= vocab_size:
         raise AssembleError(f"the tokenizer knows {max(known) + 1} tokens, and the decoder {vocab_size}")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    fresh = sorted({tokenizer.token_to_id(token) for token in SPECIAL_TOKENS} - known)
+    fresh = sorted(set(special_ids(tokenizer).values()) - known)
     num_rows = max([vocab_size, *(number + 1 for number in fresh)])
     for name in ("embed.weight", "head.weight"):
         if name in decoder:
@@ -185,8 +186,8 @@ def add_tokens(tokenizer: Tokenizer, decoder: dict[str, Tensor], vocab_size: int
 def _with_rows(weight: Tensor, more: int, fresh: list[int], known: list[int]) -> Tensor:
     """[V, D] with `more` rows, and the mean of the `known` ones in each that is `fresh`."""
     total = torch.zeros(weight.shape[1])
-    for chunk in torch.tensor(known).split(_CHUNK):
-        total += weight[chunk].float().sum(0)
+    for start in range(0, len(known), _CHUNK):
+        total += weight[known[start : start + _CHUNK]].float().sum(0)
     grown = torch.cat([weight, weight.new_zeros(more, weight.shape[1])])
     grown[fresh] = (total / len(known)).to(weight.dtype)
     return grown

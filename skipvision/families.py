@@ -212,7 +212,7 @@ def read_decoder(text: str) -> TextConfig:
     none."""
     data = _object(text)
     kind = str(data.get("model_type"))
-    if _is_original(data):
+    if is_original(data):
         return _original_text(data)
     if kind in FAMILIES:
         return parse_model(data).config.text
@@ -234,7 +234,7 @@ def parse_model(
     data: Mapping[str, Any], processing: Mapping[str, Any] | None = None, tower: Mapping[str, Any] | None = None
 ) -> KnownModel:
     """The same, of what was read."""
-    if _is_original(data):
+    if is_original(data):
         return _original(data, tower)
     require(tower is None, "this model has a vision tower of its own, and takes no other")
     kind = str(data.get("model_type"))
@@ -280,7 +280,8 @@ def _llava(kind: str, data: Mapping[str, Any], vision_data: Mapping[str, Any], t
     )
 
 
-def _is_original(data: Mapping[str, Any]) -> bool:
+def is_original(data: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model which LLaVA's own code saved."""
     kind = data.get("model_type")
     return kind == _ORIGINAL or (kind == "llava" and "mm_vision_tower" in data and "text_config" not in data)
 

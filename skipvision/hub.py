@@ -22,8 +22,9 @@ from skipvision.hub_errors import HubError, NoModelError, NoRoomError, Unreachab
 Progress = Callable[[str, int, int], None]
 """What is done, bytes so far, bytes in all."""
 Note = Callable[[str], None]
-Check = Callable[[str], object]
 """Takes a sentence that the user should read, though nothing went wrong."""
+Check = Callable[[str], object]
+"""Takes the text of a config.json, and raises ConfigError for one that is no such model."""
 
 LARGEST_MODEL = 200 * 10**9
 """Bytes; what is larger is refused."""
@@ -75,8 +76,7 @@ def find_model(
 ) -> Path:
     """The folder of a model: `name` where it is one, or else the hub's snapshot of that id, fetched if it must be.
 
-    Without weights it holds config.json alone. `check` is asked whether the text of a config.json is that of a model
-    that can be loaded, and raises ConfigError. Where the hub cannot be reached, what was fetched whole before is
+    Without weights it holds config.json alone. Where the hub cannot be reached, what was fetched whole before is
     used, and `note` told so. Raises NoModelError for a name with no model behind it, or none that can be loaded;
     ConfigError for an unknown family, before any weight is asked for; NoRoomError for too small a disk; HubError for
     what the hub, or the way to it, refuses.

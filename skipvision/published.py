@@ -77,7 +77,7 @@ def load_published(
 
     `tower` is the folder of a CLIP model, for checkpoints without their vision tower or its sizes; weights that are in
     the checkpoint come first. The plain model comes where `skip` is None or `off`. One that has a summary layer of the
-    authors' training does not say how much it skipped, so None is refused there; they trained with visibility `all`.
+    authors' training does not say how much it skipped, so None is refused there.
 
     Raises CheckpointError for a folder without safetensors, a shard that is missing or cut, weights that do not fit
     config.json; ConfigError for a family that is not computed here.

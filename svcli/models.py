@@ -11,7 +11,8 @@ from svcli import ui
 def model_folder(name: str, *, with_weights: bool = True, check: Callable[[str], object] | None = None) -> Path:
     """The folder of the model, fetched from the hub if it must be, with a bar on stderr.
 
-    `check` is asked whether a config.json is that of a model that is wanted; one of a known family if left out. Raises what `skipvision.hub.find_model` does, and UnreachableError where the network goes in between.
+    `check` raises ConfigError for the config.json of a model that is not wanted; it knows whole families if left out.
+    Raises what `skipvision.hub.find_model` does, and UnreachableError where the network goes in between.
     """
     from skipvision.families import read_model
     from skipvision.hub import find_model

@@ -10,8 +10,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from skipvision.config import ModelConfig
+from skipvision.families import is_original
 from svcli_export.chat import ChatTokenizer
 from svcli_export.manifest import ChatFormat, ImageProcessing, PublishedPrompt
+from svcli_export.original import IMAGE, original_template, with_image_token
 from svcli_export.published_files import ProcessingError, read_object, read_text
 from svcli_export.published_pictures import read_pictures
 from svcli_export.published_tokenizer import PublishedTokenizer, read_tokenizer
@@ -32,11 +34,13 @@ class PublishedProcessing:
 
 
 def read_processing(folder: Path, config: ModelConfig) -> PublishedProcessing:
-    """Of a folder as transformers writes it, for the model that its config.json describes.
+    """Of a folder as transformers or LLaVA's own code writes it, for the model that its config.json describes.
 
     Raises ProcessingError for what is missing, unknown, or not computed here.
     """
     model, processor = read_object(folder, "config.json"), read_object(folder, _PROCESSOR)
+    if is_original(model):
+        return _original(folder, model, config)
     nested = processor.get("image_processor")
     pictures = nested if isinstance(nested, dict) else read_object(folder, _PICTURES)
     if not pictures:
@@ -58,13 +62,40 @@ def read_processing(folder: Path, config: ModelConfig) -> PublishedProcessing:
         stop_ids=_stop_ids(folder, model, tokenizer),
         published=PublishedPrompt(variables=tokenizer.variables, image_token=image_token, tags=seen.tags),
     )
+    _check(folder, tokenizer.json, chat)
+    return PublishedProcessing(seen.config, seen.processing, chat, tokenizer.json)
+
+
+def _original(folder: Path, model: Mapping[str, Any], config: ModelConfig) -> PublishedProcessing:
+    """Of a folder as LLaVA's own code writes it, which says little of either."""
+    tokenizer = read_tokenizer(folder)
+    image_id, text = with_image_token(tokenizer.json)
+    template, ends = original_template(tokenizer.tokenizer) or (None, ())
+    chat = ChatFormat(
+        template=read_text(folder, "chat_template.jinja") or template or _template(folder, {}, {}),
+        image_id=image_id,
+        stop_ids=tuple(sorted({*_stop_ids(folder, model, tokenizer), *ends})),
+        published=PublishedPrompt(variables=tokenizer.variables, image_token=IMAGE, tags=False),
+    )
+    _check(folder, text, chat)
+    vision = config.vision
+    image = ImageProcessing(
+        image_size=vision.image_size,
+        mean=vision.image_mean,
+        std=vision.image_std,
+        fit="pad_first" if model.get("image_aspect_ratio") == "pad" else "crop",
+        transparency="dropped",
+    )
+    return PublishedProcessing(config, image, chat, text)
+
+
+def _check(folder: Path, tokenizer: str, chat: ChatFormat) -> None:
     try:
-        ChatTokenizer(tokenizer.json, chat.template, chat.published)
+        ChatTokenizer(tokenizer, chat.template, chat.published)
     except TemplateError as error:
         raise ProcessingError(f"{folder}: its chat template is broken ({error})") from None
     except ValueError as error:
         raise ProcessingError(f"{folder}: its tokenizer is not supported: {error}") from None
-    return PublishedProcessing(seen.config, seen.processing, chat, tokenizer.json)
 
 
 def _image_token(

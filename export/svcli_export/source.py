@@ -85,7 +85,8 @@ def read_source(
     """What there is in `folder`. `skip` is asked how a published model is to skip, since the authors' own does not say.
 
     Published models of LLaVA's own code need what it kept elsewhere: `tower`, the folder of their vision tower, and
-    `processor`, that of a model whose tokenizer, chat template and picture processing are theirs. Raises SourceError,
+    `processor`, that of a model whose tokenizer, chat template and picture processing are theirs, where what is told
+    from their tokenizer and config will not do. Raises SourceError,
     or CheckpointError, BundleError, ConfigError or ProcessingError for what cannot be read.
     """
     if (folder / MANIFEST_FILE).is_file():

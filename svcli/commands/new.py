@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from svcli import ui
-from svcli.errors import UsageError
 from svcli.models import model_folder
 from svcli.remarks import remarks
-from svcli.skip_option import parse_counts
-
-if TYPE_CHECKING:
-    from skipvision.assemble import Split
+from svcli.skip_option import parse_setting
 
 
 class Dtype(str, Enum):
@@ -35,16 +31,15 @@ def new(
         str,
         typer.Option(
             metavar="TOWER",
-            help="Folder or hub id of a CLIP or SigLIP vision model, or of a known vision-language model, whose tower is"
-            " taken.",
+            help="Folder or hub id of a CLIP or SigLIP model, or of a known vision-language model for its tower.",
         ),
     ],
     text: Annotated[
         str,
         typer.Option(
             metavar="DECODER",
-            help="Folder or hub id of a Llama, Mistral or Qwen2 model, or of a known vision-language model, whose decoder"
-            " is taken.",
+            help="Folder or hub id of a Llama, Mistral or Qwen2 model, or of a known vision-language model for its"
+            " decoder.",
         ),
     ],
     skip: Annotated[
@@ -66,7 +61,7 @@ def new(
 
     Its projector is fresh: it makes nothing of pictures before it has been trained.
     """
-    split = find_split(preset, skip)
+    split = parse_setting(preset, skip)
     from skipvision.assemble import assemble, check_output
     from skipvision.families import read_decoder, read_tower
 
@@ -79,7 +74,7 @@ def new(
             tower,
             decoder,
             output,
-            skip=split,
+            skip=None if split == "off" else split,
             projector_size=projector_size,
             seed=seed,
             dtype=getattr(torch, _TORCH_NAMES[dtype]),
@@ -89,16 +84,3 @@ def new(
     for remark in remarks(config):
         ui.note(remark)
     ui.show(str(output))
-
-
-def find_split(preset: str | None, skip: str | None) -> Split | None:
-    """Raises UsageError."""
-    from skipvision.presets import PRESETS
-
-    if preset is None:
-        return None if skip is None else parse_counts(skip)
-    if skip is not None:
-        raise UsageError("--preset and --skip: name one of them")
-    if preset not in PRESETS:
-        raise UsageError(f"--preset {preset}: choose among {', '.join(PRESETS)}")
-    return PRESETS[preset]
