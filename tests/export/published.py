@@ -190,13 +190,13 @@ def save_published(published: Published, folder: Path) -> Any:
     common = {"tokenizer": tokenizer, "chat_template": template}
     views = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     if kind == "llava":
-        pictures = _their("clip", "CLIP")(**crop)
+        pictures = their_pictures("clip")(**crop)
         processor = transformers.LlavaProcessor(pictures, **common, **views)
     elif kind == "llava_next":
-        pictures = _their("llava_next", "LlavaNext")(**crop, image_grid_pinpoints=[list(size) for size in PINPOINTS])
+        pictures = their_pictures("llava_next")(**crop, image_grid_pinpoints=[list(size) for size in PINPOINTS])
         processor = transformers.LlavaNextProcessor(pictures, **common, **views)
     elif kind == "llava_onevision":
-        pictures = _their("llava_onevision", "LlavaOnevision")(
+        pictures = their_pictures("llava_onevision")(
             size={"height": side, "width": side}, image_grid_pinpoints=[list(size) for size in GRID]
         )
         processor = _without_video(transformers.LlavaOnevisionProcessor)(
@@ -208,7 +208,7 @@ def save_published(published: Published, folder: Path) -> Any:
             vision_aspect_ratio="anyres_max_2",
         )
     else:
-        pictures = _their("smolvlm", "SmolVLM")(size={"longest_edge": 112}, max_image_size={"longest_edge": side})
+        pictures = their_pictures("smolvlm")(size={"longest_edge": 112}, max_image_size={"longest_edge": side})
         # What it would say numbers of frames with.
         import_module("transformers.models.smolvlm.processing_smolvlm").num2words = str
         processor = _without_video(transformers.SmolVLMProcessor)(
@@ -239,10 +239,10 @@ def _without_video(base: Any) -> Any:
     return type(base.__name__, (base,), {"check_argument_for_proper_class": check, "to_dict": to_dict})
 
 
-def _their(module: str, name: str) -> Any:
-    return getattr(
-        import_module(f"transformers.models.{module}.image_processing_pil_{module}"), f"{name}ImageProcessorPil"
-    )
+def their_pictures(family: str) -> Any:
+    """Their image processor that works on Pillow's pictures; the other one needs torchvision."""
+    module = import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+    return next(value for name, value in vars(module).items() if name.endswith("ImageProcessorPil"))
 
 
 def their_messages(messages: Sequence[Message], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
