@@ -63,6 +63,8 @@ TEMPLATES = {
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
 }
+# Of Idefics3-8B, on Llama 3's tokenizer, which has no tokens for rows and columns.
+TEMPLATES["idefics3"] = TEMPLATES["smolvlm"].replace("<|im_start|>", "<|begin_of_text|>")
 PINPOINTS = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
 GRID = tuple((28 * rows, 28 * columns) for rows in range(1, 4) for columns in range(1, 4))
 
@@ -95,7 +97,8 @@ def sentencepiece(style: str, special: Sequence[str] = ("<image>",)) -> Tokenize
 
 
 def qwen2(special: Sequence[str] = ("<image>", "<video>")) -> Tokenizer:
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    split = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     cut = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), "isolated"),
@@ -175,6 +178,13 @@ PUBLISHED = {
         {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"},
         TilesConfig(longest_edge=112),
     ),
+    "idefics3": Published(
+        "idefics3",
+        "idefics3",
+        lambda: llama3(("<fake_token_around_image>", "<image>", "<end_of_utterance>")),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>"},
+        TilesConfig(longest_edge=112),
+    ),
 }
 
 
@@ -207,6 +217,9 @@ def save_published(published: Published, folder: Path) -> Any:
             vision_feature_select_strategy="full",
             vision_aspect_ratio="anyres_max_2",
         )
+    elif kind == "idefics3":
+        pictures = their_pictures("idefics3")(size={"longest_edge": 112}, max_image_size={"longest_edge": side})
+        processor = transformers.Idefics3Processor(pictures, **common, image_seq_len=16)
     else:
         pictures = their_pictures("smolvlm")(size={"longest_edge": 112}, max_image_size={"longest_edge": side})
         # What it would say numbers of frames with.

@@ -104,6 +104,23 @@ def test_the_folder_is_read_as_transformers_reads_it(saved: Callable[[str], Path
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("llava", "LlamaTokenizer"), ("llava_onevision", "Qwen2Tokenizer"), ("smolvlm", "GPT2Tokenizer")],
+)
+def test_what_their_tokenizer_classes_make_of_it_is_the_same(
+    saved: Callable[[str], Path], name: str, named: str
+) -> None:
+    """Some of their classes build a tokenizer anew, of the vocabulary alone."""
+    folder = saved(name)
+    change(folder / "tokenizer_config.json", tokenizer_class=named)
+    tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(folder)
+    found = read_processing(folder, PUBLISHED[name].config)
+    chat = ChatTokenizer(found.tokenizer, found.chat.template, found.chat.published)
+    for text in ["USER: <image>\nWhat is it?  Two\t \n\n spaces, 1999", "e\u0301 \u4f60\u597d \U0001f600"]:
+        assert chat.tokenizer.encode(text).ids == tokenizer(text)["input_ids"]
+
+
 def test_a_folder_of_old_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     if find_spec("transformers") is None:
         missing("transformers")
