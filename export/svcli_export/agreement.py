@@ -66,13 +66,14 @@ TOLERANCES: dict[str, Tolerance] = {
     "int4": Tolerance(0.06, 0.998, 0.9, norm_ratio=0.03, agreement=0.75, same_row=0.95, vision_agreement=0.94),
 }
 # int4 is held against PyTorch with the rounded weights, so that what is left is ONNX Runtime's 8 bit activations:
-# 0.023, 0.9997 and 0.012 are the worst of tiny random models, of one as large as 0.5B and of the trained default.
+# 0.023, 0.9996 and 0.012 are the worst of tiny random models, of one as large as 0.5B and of the trained default.
 
 ROUNDED: dict[str, Tolerance] = {
     "int4": Tolerance(0.5, 0.85, 0.9, norm_ratio=0.15, agreement=0.6, same_row=0.95, vision_agreement=0.94),
 }
-"""Against PyTorch with the weights as they were before rounding, where that is more than TOLERANCES. 4 bits move a
-weight by 8 %, and what comes of that is the model's own: see the measured ones in export/README.md."""
+"""Against PyTorch with the weights before rounding, where that is more than TOLERANCES. 4 bits move weights by 8 %, and
+what comes of that is the model's own: stage by stage 0.38, 0.938, 0.06 and 69 % of tokens are the worst of tiny random
+models and of the trained default."""
 
 
 def tolerance(precision: str, *, same_weights: bool) -> Tolerance:

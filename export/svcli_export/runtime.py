@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +15,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKern
 Provider = Literal["cpu", "cuda"]
 
 _ERRORS_ONLY = 3
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of malloc.h."""
 _FUSES_INT8 = (1, 24)
 """ONNX Runtime 1.23, the last for Python 3.10, has no 8 bit kernel for one scale per channel."""
 
@@ -27,6 +32,7 @@ def open_session(
     else, as the CPU computes in fp32, ONNX Runtime makes all of them fp32 while loading, twice as large as the file.
 
     Raises ProviderError for `cuda` where it cannot be had, or a graph that this ONNX Runtime cannot open."""
+    _give_memory_back()
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
@@ -61,6 +67,17 @@ def open_session(
     if provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
         raise ProviderError("CUDA could not be started; see what `svcli doctor` says of the driver, or use the CPU")
     return session
+
+
+@cache
+def _give_memory_back() -> None:
+    """Lets glibc map what is larger than 1 MiB on its own, so that it goes back to the system when it is freed.
+
+    By default glibc keeps blocks of up to 32 MiB for later. ONNX Runtime packs weights twice while loading, and the
+    copies that it frees would stay: half of what a process holds behind int4 weights of a large model.
+    """
+    with suppress(AttributeError, OSError):  # a C library of another kind
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _version() -> tuple[int, int]:
