@@ -49,9 +49,9 @@ def profile(
     Layer by layer: how much FFN and attention change rows of text, retained, summary and skipped tokens; who pays them
     attention; how far skipping takes the rows from where they would be, and how far it could at most. Runs PyTorch.
     """
-    if skip == "off":
-        raise UsageError("--skip off: there is nothing to measure where nothing is skipped")
     asked = parse_setting(preset, skip)
+    if asked == "off":
+        raise UsageError("--skip off: there is nothing to measure where nothing is skipped")
     if not question.strip():
         raise UsageError("the question is empty")
     if output is not None:
