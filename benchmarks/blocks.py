@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import RESULTS
-from skipvision.config import ModelConfig
+from skipvision.config import ConfigError, ModelConfig
 from skipvision.data.kinds import KINDS
 from skipvision.data.names import COLOURS, SHAPES
 from skipvision.families import FAMILIES, KNOWN_MODELS
 from skipvision.layout import ImageSpan
+from skipvision.presets import PRESETS, Setting
 from skipvision.recipe import load_recipe
 
 _RECIPE = Path(__file__).parents[1] / "recipes" / "skipvision-tiny.toml"
@@ -299,10 +302,23 @@ def _on_gpu(found: Any) -> str:
 def families() -> str:
     """What is known of the models that people have, a row for each family."""
     rows = []
-    for kind, family in FAMILIES.items():
-        named = sum(known.family is family for known in KNOWN_MODELS.values())
-        rows.append([family.name, f"`{kind}`", family.sees, f"{named}"])
-    return table(["family", "`model_type`", "a picture is seen", "known by name"], rows)
+    for family in dict.fromkeys(FAMILIES.values()):
+        kinds = ", ".join(f"`{kind}`" for kind, each in FAMILIES.items() if each is family)
+        models = {name: known for name, known in KNOWN_MODELS.items() if known.family is family}
+        # What LLaVA's own code saves is LLaVA-1.5 under other names.
+        config = next(iter(models.values()), KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"]).config
+        fitting = [f"`{name}`" for name, setting in PRESETS.items() if _fits(setting, config)]
+        ranked = f"`{config.skip_of(1, 1).selector}`"
+        names = ", ".join(name.rpartition("/")[2] for name in models)
+        rows.append([family.name, kinds, family.sees, ranked, ", ".join(fitting) or "none", names or "none"])
+    return table(["family", "`model_type`", "a picture is seen", "ranked by", "presets", "known by name"], rows)
+
+
+def _fits(setting: Setting, config: ModelConfig) -> bool:
+    with suppress(ConfigError):
+        replace(config, skip=setting.skip_config(config))
+        return True
+    return False
 
 
 def loading() -> str:
