@@ -53,7 +53,7 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
     "rope_scaling": None,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
     "image_aspect_ratio": "pad",
     "mm_hidden_size": TOWER_WIDTH,
