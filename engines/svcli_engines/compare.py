@@ -32,6 +32,7 @@ from svcli_export.agreement import (
     loosest,
     match_runs,
     row_difference,
+    tolerance,
     worst,
 )
 from svcli_export.chat import Message
@@ -159,9 +160,12 @@ def verify_engines(
     pictures: Mapping[str, Image.Image],
     *,
     required: bool,
+    same_weights: bool = True,
     progress: Progress = _silent,
 ) -> Verification:
     """Holds each of `candidates` against the reference, on pictures by their names.
+
+    `same_weights`: the reference has the bundle's own, not those before rounding.
 
     Engines are open one at a time, as each may fill the memory. Where `required`, one that cannot be opened raises its
     own error before anything is computed; else it is left out. Raises CompareError where none is left.
@@ -184,7 +188,8 @@ def verify_engines(
             continue
         with closing(opened):
             # An engine may compute more precisely than the bundle stores; what was stored roughly stays rough.
-            limit = loosest(TOLERANCES[precision], TOLERANCES[opened.precision])
+            stored = tolerance(precision, same_weights=same_weights)
+            limit = loosest(stored, TOLERANCES[opened.precision])
             comparisons.append(compare(opened, wanted, cases, limit, num_layers, progress))
     if not comparisons:
         raise CompareError("; ".join(f"{name} cannot be had ({error})" for name, error in left_out.items()))

@@ -27,6 +27,10 @@ _QUIET = 0.01
 """Of the largest row's norm: smaller rows, such as V of the row that attention rests on, are judged by error alone,
 since their direction is mostly rounding."""
 
+MOST_ROUNDED = 0.25
+"""Of a matrix in int4, relative to its norm, that rounding can change: half a step for each of the weights of a block
+that spans 15 steps. Weights that are spread as a normal distribution lose 8 %."""
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -59,7 +63,21 @@ TOLERANCES: dict[str, Tolerance] = {
     "fp16": Tolerance(0.02, 0.9995, 0.95, norm_ratio=0.01, agreement=0.9, same_row=0.99, vision_agreement=0.94),
     "bf16": Tolerance(0.25, 0.98, 0.9, norm_ratio=0.05, agreement=0.75, same_row=0.98, vision_agreement=0.9),
     "int8": Tolerance(0.25, 0.98, 0.9, norm_ratio=0.05, agreement=0.75, same_row=0.95, vision_agreement=0.94),
+    "int4": Tolerance(0.06, 0.998, 0.9, norm_ratio=0.03, agreement=0.75, same_row=0.95, vision_agreement=0.94),
 }
+# int4 is held against PyTorch with the rounded weights, so that what is left is ONNX Runtime's 8 bit activations:
+# 0.023, 0.9997 and 0.012 are the worst of tiny random models, of one as large as 0.5B and of the trained default.
+
+ROUNDED: dict[str, Tolerance] = {
+    "int4": Tolerance(0.5, 0.85, 0.9, norm_ratio=0.15, agreement=0.6, same_row=0.95, vision_agreement=0.94),
+}
+"""Against PyTorch with the weights as they were before rounding, where that is more than TOLERANCES. 4 bits move a
+weight by 8 %, and what comes of that is the model's own: see the measured ones in export/README.md."""
+
+
+def tolerance(precision: str, *, same_weights: bool) -> Tolerance:
+    """`same_weights`: the reference computes with the bundle's own weights, and not with those before rounding."""
+    return TOLERANCES[precision] if same_weights else ROUNDED.get(precision, TOLERANCES[precision])
 
 
 def loosest(first: Tolerance, second: Tolerance) -> Tolerance:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from svcli_export.contract import CUSTOM_DOMAIN, OPSET, Contract, GraphName
 from svcli_export.functions import FUNCTIONS, PLUGIN_NAMESPACE
-from svcli_export.quantize import SCALE, TRANSPOSED
+from svcli_export.quantize import BLOCK, SCALE, TRANSPOSED, ZERO
 from svcli_export.weights import WeightFile
 
 IR_VERSION = 11
@@ -72,6 +72,10 @@ class GraphBuilder:
         """A constant scalar in the dtype of activations."""
         return self.constant(np.array(value, self.dtype), name)
 
+    def has_weight(self, name: str) -> bool:
+        """Whether the weight file has a tensor of that name."""
+        return name in self._weights
+
     def weight(self, name: str, stored: str = "") -> str:
         """A tensor of the weight file, there by the name `stored` if that is another."""
         if name not in self._initializers:
@@ -81,11 +85,14 @@ class GraphBuilder:
     def matrix(self, name: str, stored: str = "") -> str:
         """The weight [in, out] of the checkpoint's matrix `name` [out, in], ready for MatMul."""
         here, there = name + TRANSPOSED, (stored or name) + TRANSPOSED
-        if there + SCALE not in self._weights:
+        if not self.has_weight(there + SCALE):
             return self.weight(here, there)
         scale = self.weight(here + SCALE, there + SCALE)
         label = f"{name.removeprefix(self._scope)}.dequantized"
-        return self.op("DequantizeLinear", self.weight(here, there), scale, name=label, axis=1)
+        if not self.has_weight(there + ZERO):
+            return self.op("DequantizeLinear", self.weight(here, there), scale, name=label, axis=1)
+        zero = self.weight(here + ZERO, there + ZERO)
+        return self.op("DequantizeLinear", self.weight(here, there), scale, zero, name=label, axis=0, block_size=BLOCK)
 
     def linear(self, hidden: str, module: str, bias: bool = True) -> str:
         """torch's nn.Linear `module` on [..., in]."""

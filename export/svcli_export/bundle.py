@@ -40,7 +40,7 @@ from svcli_export.manifest import (
 )
 from svcli_export.pixels import to_pixels
 from svcli_export.quantize import stored_tensors
-from svcli_export.source import read_source
+from svcli_export.source import Source, read_source
 from svcli_export.verify import verify, violations
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import WEIGHTS_FILE, WeightFile
@@ -59,7 +59,7 @@ class ExportError(ValueError):
 
 
 def export_bundle(
-    source: Path,
+    source: Path | Source,
     output: Path,
     *,
     precision: Precision = "int8",
@@ -72,10 +72,10 @@ def export_bundle(
 ) -> Manifest:
     """Writes the bundle `output` and returns its manifest.
 
-    `source` is a checkpoint or another bundle, whose rounding stays; limits that are None are the source's. `skip`
-    overrides the source's setting. `pictures` are what the check looks at; test cards are drawn where there are none.
-    An interrupted or refused export leaves an older bundle as it was. What else lies in its folder, such as plans or a
-    README, stays.
+    `source` is a checkpoint or another bundle, whose rounding stays, or what was read from one; limits that are None
+    are the source's. `skip` overrides the source's setting. `pictures` are what the check looks at; test cards are
+    drawn where there are none. An interrupted or refused export leaves an older bundle as it was. What else lies in its
+    folder, such as plans or a README, stays.
 
     Raises ExportError, or what the parts raise: CheckpointError, BundleError, SourceError, ConfigError, ContractError
     (all ValueError).
@@ -87,7 +87,7 @@ def export_bundle(
     if output.exists() and not (output / MANIFEST_FILE).is_file() and any(output.iterdir()):
         raise ExportError(f"{output} is not empty and holds no bundle; choose another folder")
     progress("reading the model", 0.0)
-    origin = read_source(source)
+    origin = source if isinstance(source, Source) else read_source(source)
     model = _with_skip(origin.model, skip)
     origin.check(model.config)
     context = origin.max_context if max_context is None else max_context
@@ -96,17 +96,17 @@ def export_bundle(
     written: list[Manifest] = []
 
     def write(folder: Path) -> None:
-        progress("writing weights and graphs", 0.1)
+        progress("writing the weights", 0.1)
         _keep_others(output, folder)
         (folder / TOKENIZER_FILE).write_text(origin.tokenizer, encoding="utf-8")
         weights = WeightFile.write(stored_tensors(model, contract), folder / WEIGHTS_FILE)
+        progress("writing the graphs", 0.3)
         ops: dict[GraphName, GraphOps] = {}
         for build, spec in zip(_GRAPHS, contract.graphs, strict=True):
             graph = build(model.config, contract, weights)
             onnx.save(graph, folder / spec.file)
             ops[spec.name] = _count_ops(graph)
-        progress("checking the graphs against PyTorch", 0.3)
-        manifest = _checked_manifest(model, contract, folder, origin.template, images, ops)
+        manifest = _checked_manifest(model, contract, folder, origin.template, images, ops, progress)
         (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         written.append(manifest)
 
@@ -158,6 +158,7 @@ def _checked_manifest(
     template: str,
     images: Sequence[Image.Image],
     ops: dict[GraphName, GraphOps],
+    progress: Progress,
 ) -> Manifest:
     config = model.config
     image = ImageProcessing(
@@ -175,11 +176,13 @@ def _checked_manifest(
         wanted = contract.max_context + rows - contract.capacity
         raise ExportError(f"max_context {contract.max_context} is too small for one question; ask for {wanted} or more")
     pixels = np.stack([to_pixels(picture, image) for picture in images])
+    progress("checking the graphs against PyTorch", 0.35)
     check = verify(model, contract, folder, pixels, prompt, image_id)
     if found := violations(check, contract.precision):
         raise ExportError(
             f"the exported graphs do not do what the model does ({'; '.join(found)}); nothing was written"
         )
+    progress("hashing the files", 0.95)
     return Manifest(
         format_version=FORMAT_VERSION,
         model=_as_json(config),

@@ -13,7 +13,7 @@ from skipvision.config import ModelConfig
 from skipvision.layout import ImageSpan, largest_spans
 from skipvision.tiles import most_tokens
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 DType = Literal["float32", "float16", "int64"]
 GraphName = Literal["vision", "prefill", "decode"]
 CachePart = Literal["key", "value"]
@@ -96,7 +96,7 @@ class Contract(_Frozen):
 
 
 def compute_dtype(precision: Precision) -> DType:
-    """dtype of activations and of the KV cache; int8 is the storage of the weights only."""
+    """dtype of activations and of the KV cache; int8 and int4 are the storage of weights only."""
     return "float16" if precision == "fp16" else "float32"
 
 

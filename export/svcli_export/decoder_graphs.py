@@ -31,7 +31,7 @@ class DecoderGraph(GraphBuilder):
         with self.scope("decoder.embed"):
             columns = self.op("Gather", self.weight(_EMBEDDING + TRANSPOSED), "input_ids", name="columns", axis=1)
             rows = self.op("Transpose", columns, name="rows", perm=[1, 2, 0])
-            if self.contract.precision != "int8":
+            if not self.has_weight(_EMBEDDING + TRANSPOSED + SCALE):
                 return rows
             scales = self.op("Gather", self.weight(_EMBEDDING + TRANSPOSED + SCALE), "input_ids", name="scale")
             column = self.op("Unsqueeze", scales, self.ints(-1), name="scale_column")

@@ -20,8 +20,13 @@ class ProviderError(ValueError):
     """What this installation of ONNX Runtime cannot do; one sentence with what mends it."""
 
 
-def open_session(graph: Path, *, provider: Provider = "cpu", num_threads: int | None = None) -> ort.InferenceSession:
-    """Raises ProviderError for `cuda` where it cannot be had, or a graph that this ONNX Runtime cannot open."""
+def open_session(
+    graph: Path, *, provider: Provider = "cpu", num_threads: int | None = None, lean: bool = False
+) -> ort.InferenceSession:
+    """`lean`: fp16 weights stay in the file and become fp32 one by one, where they are used, which takes its time. Or
+    else, as the CPU computes in fp32, ONNX Runtime makes all of them fp32 while loading, twice as large as the file.
+
+    Raises ProviderError for `cuda` where it cannot be had, or a graph that this ONNX Runtime cannot open."""
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
@@ -36,11 +41,20 @@ def open_session(graph: Path, *, provider: Provider = "cpu", num_threads: int | 
     else:
         # int8 weights become fp32 once, while loading, instead of at every step.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    disabled: list[str] | None = None
+    if lean:
+        # Constant folding is one way to fp32 weights, fusing them into nodes (the level above this one) is the other.
+        # Casts go first in the default order, all of them; by priority each comes before its product. An arena keeps
+        # what it ever had.
+        disabled = ["ConstantFolding"]
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if provider == "cuda":
         providers.insert(0, _cuda_provider())
     try:
-        session = ort.InferenceSession(str(graph), options, providers=providers)
+        session = ort.InferenceSession(str(graph), options, providers=providers, disabled_optimizers=disabled)
     except (Fail, InvalidGraph, NoKernel) as error:
         advice = "install a newer one, or export with precision int8"
         raise ProviderError(f"onnxruntime {ort.__version__} cannot open {graph.name}; {advice}") from error

@@ -6,9 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+
 from skipvision.checkpoint import load_checkpoint
 from skipvision.config import ModelConfig
 from skipvision.model import SkipVisionModel
+from skipvision.published import load_published
 from svcli_export.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, load_manifest
 from svcli_export.quantize import num_blocks_read
 from svcli_export.restore import restore_model
@@ -23,7 +27,7 @@ class Source:
     """A model, and how it is spoken to."""
 
     model: SkipVisionModel
-    """In fp32, in eval mode, on the CPU."""
+    """In eval mode, on the CPU; in fp32, or mapped from its files as a published one or a bundle is stored."""
     tokenizer: str
     template: str
     manifest: Manifest | None
@@ -55,7 +59,29 @@ def read_source(folder: Path) -> Source:
         model = load_checkpoint(folder)
         return Source(model, _read(folder / TOKENIZER_FILE), _read(folder / "chat_template.jinja"), None)
     manifest = load_manifest(folder)
-    return Source(restore_model(folder, manifest), _read(folder / TOKENIZER_FILE), manifest.chat.template, manifest)
+    return Source(
+        restore_model(folder, manifest, mapped=True), _read(folder / TOKENIZER_FILE), manifest.chat.template, manifest
+    )
+
+
+def read_published(folder: Path, tokenizer: str, template: str) -> Source:
+    """A model that was published for transformers, in the dtype that it is stored in and mapped from its files.
+
+    `tokenizer` and `template` as chat reads them. Raises CheckpointError or ConfigError.
+    """
+    return Source(load_published(folder, _stored_dtype(folder)), tokenizer, template, None)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Of the first matrix; fp32 where there is none to be found, which loading then says better."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                tensor = file.get_tensor(name)
+                if tensor.dim() > 1 and tensor.is_floating_point():
+                    dtype: torch.dtype = tensor.dtype
+                    return dtype
+    return torch.float32
 
 
 def _refuse_published(config: Path) -> None:

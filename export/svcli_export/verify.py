@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import numpy.typing as npt
 import torch
 from onnxruntime import InferenceSession
 
+from skipvision.decoder import KVCache
 from skipvision.layout import BatchLayout, TokenLayout
-from skipvision.model import SkipVisionModel
+from skipvision.model import BatchTensors, SkipVisionModel
 from svcli_export.agreement import (
+    MOST_ROUNDED,
     NUM_TOKENS,
     TOLERANCES,
     Difference,
@@ -26,11 +31,21 @@ from svcli_export.agreement import (
     match_rows,
     worst,
 )
-from svcli_export.contract import CACHE_PARTS, Contract, Precision, past_name, present_name
+from svcli_export.contract import CACHE_PARTS, Contract, GraphName, Precision, past_name, present_name
 from svcli_export.manifest import ExportCheck, RowCheck, StageCheck
+from svcli_export.reference import computing_in_fp32, own_weights
+from svcli_export.restore import EMBEDDING, HEAD, StoredWeights
 from svcli_export.runtime import open_session
+from svcli_export.weights import WEIGHTS_FILE
 
 Floats = npt.NDArray[Any]
+
+LARGE = 2**31
+"""Weights from which on one picture and LARGE_TOKENS tokens are compared: each token reads all of them twice."""
+LARGE_TOKENS = 4
+HELD = 2**30
+"""Weights up to which PyTorch's fp32 copy of them is kept for all tokens: 4 GiB."""
+_PAST = "past_key_values."
 
 
 @dataclass
@@ -64,51 +79,21 @@ def _rows(agreeing: Sequence[RowAgreement]) -> RowCheck | None:
     return RowCheck(num_rows=overall.num_rows, agreement=overall.share)
 
 
-@dataclass
-class _Decoder:
-    """Prefill and decode of one sequence through plain `run`, without shared buffers."""
+@dataclass(frozen=True)
+class _Expected:
+    """What PyTorch made of one picture."""
 
-    folder: Path
-    contract: Contract
-    caches: dict[str, Floats] = field(default_factory=dict)
-    rows: int = 0
-    position: int = 0
+    visual: Floats
+    """[1, V, D]."""
+    caches: dict[str, Floats]
+    """Rows that were kept of each buffer, [1, G, num_kept, d]."""
+    logits: tuple[Floats, ...]
+    """[1, vocab] after prefill and after each decode step."""
 
-    def __post_init__(self) -> None:
-        self.prefill_session = open_session(self.folder / "prefill.onnx")
-        self.decode_session = open_session(self.folder / "decode.onnx")
-
-    def prefill(self, ids: Sequence[int], visual: Floats, layout: TokenLayout) -> Floats:
-        spec = self.contract.graph("prefill")
-        feeds = {
-            "input_ids": np.array([ids], np.int64),
-            "visual": visual.astype(self.contract.compute_dtype),
-            "source": layout.source[None],
-            "position_ids": layout.positions[None],
-            "visible_until": layout.visible_until[None],
-            "kept_index": np.arange(layout.num_kept)[None],
-        }
-        zeros = np.zeros(self.contract.cache_shape, self.contract.compute_dtype)
-        empty = {name: zeros for name in spec.input_names if name.startswith("past_key_values.")}
-        self.rows, self.position = layout.num_kept, layout.length
-        return self._run(
-            self.prefill_session, {name: feeds[name] for name in feeds if name in spec.input_names} | empty
-        )
-
-    def decode(self, token: int) -> Floats:
-        feeds = {
-            "input_ids": np.array([[token]]),
-            "position_ids": np.array([[self.position]]),
-            "write_index": np.array([self.rows]),
-        }
-        self.rows, self.position = self.rows + 1, self.position + 1
-        return self._run(self.decode_session, feeds | self.caches)
-
-    def _run(self, session: InferenceSession, feeds: dict[str, Any]) -> Floats:
-        parts = [(layer, part) for layer in range(self.contract.num_layers) for part in CACHE_PARTS]
-        logits, *buffers = session.run(["logits", *(present_name(*part) for part in parts)], feeds)
-        self.caches = {past_name(*part): buffer for part, buffer in zip(parts, buffers, strict=True)}
-        return np.asarray(logits)
+    @property
+    def tokens(self) -> list[int]:
+        """The likeliest of each."""
+        return [int(each.argmax()) for each in self.logits]
 
 
 def verify(
@@ -117,35 +102,182 @@ def verify(
     """Compares the graphs in `folder` with `model` on `pixels` [N, 3, H, W], each with the ids `prompt` (one picture).
 
     Prefill and decode get PyTorch's visual rows and PyTorch's greedy tokens, so that each stage answers for itself.
+    PyTorch computes in fp32. With int4 it takes the weights of the bundle, and those are held against the model's.
+    One thing is in memory at a time: PyTorch's, then each graph's weights. A large model is asked less.
     """
-    vision, prefill, decode = _Stage("vision"), _Stage("prefill"), _Stage("decode")
-    session, decoder = open_session(folder / "vision.onnx"), _Decoder(folder, contract)
+    is_large = _size(model) >= LARGE
+    pictures, num_tokens = (pixels[:1], LARGE_TOKENS) if is_large else (pixels, NUM_TOKENS)
     layout = TokenLayout.of(prompt, image_id, model.config)
-    batch = BatchLayout.of([layout], len(prompt))
-    same = 0
-    for picture in pixels[:, None]:
-        with torch.no_grad():
-            visual = model.encode_images(torch.from_numpy(picture))
-        logits, cache = model.prefill(torch.tensor([prompt]), visual, batch, contract.capacity)
-        rows = visual.numpy()
-        matched = match_rows(session.run(None, {"pixels": picture})[0][0], rows[0], layout.images[0])
-        vision.compare(matched, rows[0])
-        vision.agreeing.append(agreeing_rows(matched, rows[0], TOLERANCES[contract.precision]))
-        got = decoder.prefill(prompt, rows, layout)
-        prefill.compare(got, logits.numpy())
-        for layer in range(contract.num_layers):
-            for part, buffers in zip(CACHE_PARTS, (cache.keys, cache.values), strict=True):
-                kept = decoder.caches[past_name(layer, part)][:, :, : layout.num_kept]
-                prefill.compare(kept, buffers[layer][:, :, : layout.num_kept].numpy())
-        for step in range(NUM_TOKENS):
-            token = int(logits.argmax())
-            same += int(got.argmax()) == token
-            if step < NUM_TOKENS - 1:
-                logits, got = model.decode(torch.tensor([[token]]), cache)[:, -1], decoder.decode(token)
-                decode.compare(got, logits.numpy())
-    total = NUM_TOKENS * len(pixels)
-    stages = tuple(stage.outcome() for stage in (vision, prefill, decode))
-    return ExportCheck(stages=stages, num_pictures=len(pixels), num_tokens=total, agreement=same / total)
+    rounded = contract.precision == "int4"
+    weight_error = _weight_error(model, StoredWeights(folder / WEIGHTS_FILE)) if rounded else None
+    with _reference(model, folder, rounded=rounded):
+        expected = [_expected(model, contract, picture, prompt, layout, num_tokens) for picture in pictures[:, None]]
+    graphs = _Graphs(folder, contract, lean=is_large and contract.compute_dtype == "float16")
+    vision = _check_vision(graphs, pictures, expected, layout)
+    prefill, first, caches = _check_prefill(graphs, prompt, expected, layout)
+    decode, later = _check_decode(graphs, expected, caches, layout)
+    wanted = [token for each in expected for token in each.tokens]
+    same = sum(got == token for got, token in zip([*first, *later], _by_step(expected), strict=True))
+    return ExportCheck(
+        stages=tuple(stage.outcome() for stage in (vision, prefill, decode)),
+        num_pictures=len(pictures),
+        num_tokens=len(wanted),
+        agreement=same / len(wanted),
+        weight_error=weight_error,
+    )
+
+
+def _by_step(expected: Sequence[_Expected]) -> list[int]:
+    """The first token of every picture, then the others picture by picture: the order of the stages."""
+    return [each.tokens[0] for each in expected] + [token for each in expected for token in each.tokens[1:]]
+
+
+def _reference(model: SkipVisionModel, folder: Path, *, rounded: bool) -> AbstractContextManager[None]:
+    """`model` computes in fp32 inside; by the weights that the bundle has, where those are `rounded`."""
+    own, stored = own_weights(model), StoredWeights(folder / WEIGHTS_FILE)
+    if not rounded and all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return nullcontext()
+
+    def weights(name: str) -> torch.Tensor:
+        if name == HEAD and model.config.text.tie_embeddings:
+            name = EMBEDDING
+        return stored.tensor(name) if rounded and name in stored.names else own(name)
+
+    # Turning them to fp32 anew for each token takes longer than computing with them.
+    return computing_in_fp32(model, weights if _size(model) >= HELD else cache(weights))
+
+
+def _size(model: SkipVisionModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _weight_error(model: SkipVisionModel, stored: StoredWeights) -> float:
+    """Of the matrix that rounding to 4 bits changed most: norm of the difference, relative to that of the matrix."""
+    worst_error = 0.0
+    for name in stored.names_in_blocks:
+        wanted = model.get_parameter(name).detach().float()
+        error, size = (stored.tensor(name) - wanted).norm(), wanted.norm()
+        worst_error = max(worst_error, float(error / size) if size > 0 else float(error))
+    return worst_error
+
+
+@torch.no_grad()
+def _expected(
+    model: SkipVisionModel,
+    contract: Contract,
+    picture: Floats,
+    prompt: Sequence[int],
+    layout: TokenLayout,
+    num_tokens: int,
+) -> _Expected:
+    visual = model.encode_images(torch.from_numpy(picture))
+    capacity = layout.num_kept + num_tokens
+    cache = _fp32(model.new_cache(1, capacity))
+    batch = BatchTensors.of(BatchLayout.of([layout], len(prompt)), torch.device("cpu"))
+    logits = [model.fill(torch.tensor([prompt]), visual, batch, cache)]
+    kept = {
+        past_name(layer, part): buffers[layer][:, :, : layout.num_kept].numpy().copy()
+        for layer in range(contract.num_layers)
+        for part, buffers in zip(CACHE_PARTS, (cache.keys, cache.values), strict=True)
+    }
+    for _ in range(num_tokens - 1):
+        logits.append(model.decode(logits[-1].argmax(-1)[:, None], cache)[:, -1])
+    return _Expected(visual.numpy(), kept, tuple(each.numpy() for each in logits))
+
+
+def _fp32(cache: KVCache) -> KVCache:
+    return replace(cache, keys=[each.float() for each in cache.keys], values=[each.float() for each in cache.values])
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """Opens one graph at a time. `lean`: without whole copies of fp16 weights in fp32."""
+
+    folder: Path
+    contract: Contract
+    lean: bool
+
+    @contextmanager
+    def open(self, name: GraphName) -> Iterator[InferenceSession]:
+        session = open_session(self.folder / self.contract.graph(name).file, lean=self.lean)
+        yield session
+        del session
+        gc.collect()  # it goes now, before the next one comes
+
+    def run(self, session: InferenceSession, feeds: dict[str, Any]) -> tuple[Floats, dict[str, Floats]]:
+        """Logits [1, vocab], and the buffers by the names that the next step reads them under."""
+        parts = [(layer, part) for layer in range(self.contract.num_layers) for part in CACHE_PARTS]
+        logits, *buffers = session.run(["logits", *(present_name(*part) for part in parts)], feeds)
+        return np.asarray(logits), {past_name(*part): each for part, each in zip(parts, buffers, strict=True)}
+
+    def buffers(self, rows: Mapping[str, Floats]) -> dict[str, Floats]:
+        """Whole buffers with `rows` [1, G, n, d] at their beginning."""
+        made = {}
+        for name, values in rows.items():
+            made[name] = np.zeros(self.contract.cache_shape, self.contract.compute_dtype)
+            made[name][:, :, : values.shape[2]] = values
+        return made
+
+
+def _check_vision(graphs: _Graphs, pictures: Floats, expected: Sequence[_Expected], layout: TokenLayout) -> _Stage:
+    stage = _Stage("vision")
+    with graphs.open("vision") as session:
+        for picture, wanted in zip(pictures[:, None], expected, strict=True):
+            rows = wanted.visual[0]
+            matched = match_rows(session.run(None, {"pixels": picture})[0][0], rows, layout.images[0])
+            stage.compare(matched, rows)
+            stage.agreeing.append(agreeing_rows(matched, rows, TOLERANCES[graphs.contract.precision]))
+    return stage
+
+
+def _check_prefill(
+    graphs: _Graphs, prompt: Sequence[int], expected: Sequence[_Expected], layout: TokenLayout
+) -> tuple[_Stage, list[int], list[dict[str, Floats]]]:
+    """Also the token after each prompt, and the rows that were kept of each buffer."""
+    stage, tokens, caches = _Stage("prefill"), [], []
+    contract, names = graphs.contract, graphs.contract.graph("prefill").input_names
+    empty = {
+        name: np.zeros((1, contract.num_kv_heads, 0, contract.head_dim)) for name in names if name.startswith(_PAST)
+    }
+    with graphs.open("prefill") as session:
+        for wanted in expected:
+            feeds = {
+                "input_ids": np.array([prompt], np.int64),
+                "visual": wanted.visual.astype(contract.compute_dtype),
+                "source": layout.source[None],
+                "position_ids": layout.positions[None],
+                "visible_until": layout.visible_until[None],
+                "kept_index": np.arange(layout.num_kept)[None],
+            }
+            given = {name: feeds[name] for name in feeds if name in names}
+            logits, buffers = graphs.run(session, given | graphs.buffers(empty))
+            kept = {name: buffer[:, :, : layout.num_kept].copy() for name, buffer in buffers.items()}
+            stage.compare(logits, wanted.logits[0])
+            for name, rows in kept.items():
+                stage.compare(rows, wanted.caches[name])
+            tokens.append(int(logits.argmax()))
+            caches.append(kept)
+    return stage, tokens, caches
+
+
+def _check_decode(
+    graphs: _Graphs, expected: Sequence[_Expected], caches: Sequence[dict[str, Floats]], layout: TokenLayout
+) -> tuple[_Stage, list[int]]:
+    """Also the tokens behind the first, picture by picture. `caches`: the rows that prefill left."""
+    stage, tokens = _Stage("decode"), []
+    with graphs.open("decode") as session:
+        for wanted, kept in zip(expected, caches, strict=True):
+            buffers = graphs.buffers(kept)
+            for step, (token, reference) in enumerate(zip(wanted.tokens, wanted.logits[1:], strict=False)):
+                feeds = {
+                    "input_ids": np.array([[token]]),
+                    "position_ids": np.array([[layout.length + step]]),
+                    "write_index": np.array([layout.num_kept + step]),
+                }
+                logits, buffers = graphs.run(session, feeds | buffers)
+                stage.compare(logits, reference)
+                tokens.append(int(logits.argmax()))
+    return stage, tokens
 
 
 def violations(check: ExportCheck, precision: Precision) -> list[str]:
@@ -156,6 +288,10 @@ def violations(check: ExportCheck, precision: Precision) -> list[str]:
         figures = Difference(stage.max_error, stage.cosine, stage.norm_ratio)
         rows = None if stage.rows is None else RowAgreement(stage.rows.agreement, stage.rows.num_rows)
         found += [f"{stage.name}: {clause}" for clause in excess(figures, limit, rows)]
+    if check.weight_error is not None and not check.weight_error <= MOST_ROUNDED:
+        found.append(
+            f"a matrix is {check.weight_error:.0%} off, where rounding to 4 bits is {MOST_ROUNDED:.0%} at most"
+        )
     if check.agreement < limit.agreement:
         found.append(f"only {check.agreement:.0%} of greedy tokens agree, {limit.agreement:.0%} wanted")
     return found

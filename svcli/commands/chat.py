@@ -73,7 +73,7 @@ def chat(
         notes = [note for picture in pictures for note in picture.notes]
         view.note(*notes)
         bundle = model or bundled_model()
-        manifest = load_manifest(bundle)
+        manifest = load_manifest(bundle, quick=True)
         notes += remarks(manifest.config)
         view.note(*remarks(manifest.config))
         processor = Processor(bundle, manifest)

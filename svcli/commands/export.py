@@ -20,6 +20,7 @@ class Precision(str, Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 def export(
@@ -31,7 +32,10 @@ def export(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Bundle folder to write.")],
-    precision: Annotated[Precision, typer.Option(help="How weights are stored.")] = Precision.INT8,
+    precision: Annotated[
+        Precision,
+        typer.Option(metavar="KIND", help="How weights are stored: fp32, fp16, int8, or int4 in the decoder."),
+    ] = Precision.INT8,
     max_context: Annotated[
         int | None,
         typer.Option(

@@ -72,6 +72,7 @@ def verify(
             candidates,
             pictures,
             required=names is not None,
+            same_weights=checkpoint is None,
             progress=progress.update,
         )
     if as_json:

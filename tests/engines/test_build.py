@@ -409,7 +409,7 @@ def test_a_context_without_room_for_pictures_is_refused(workshop: Workshop, bund
     assert workshop.taken() == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.usefixtures("workshop")
 def test_other_precisions_are_refused_with_the_export_that_gives_fp16(tmp_path: Path, precision: Any) -> None:
     exported = export_tiny(tmp_path, precision=precision)

@@ -20,6 +20,7 @@ from svcli_export.agreement import (
     loosest,
     match_rows,
     row_difference,
+    tolerance,
     worst,
 )
 
@@ -136,3 +137,10 @@ def test_test_cards_are_always_the_same() -> None:
     first, second = drawn_cards(), drawn_cards()
     assert [card.tobytes() for card in first] == [card.tobytes() for card in second]
     assert len({card.tobytes() for card in first}) == len(first) == 3
+
+
+def test_rounding_itself_is_judged_against_weights_before_it() -> None:
+    assert tolerance("int4", same_weights=True) == TOLERANCES["int4"]
+    assert tolerance("int4", same_weights=False) != TOLERANCES["int4"]
+    for precision in ("fp32", "fp16", "int8"):
+        assert tolerance(precision, same_weights=False) == TOLERANCES[precision]

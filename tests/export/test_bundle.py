@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from skipvision.checkpoint import CheckpointError
 from skipvision.config import ConfigError, SkipConfig
 from svcli_export import bundle as bundle_module
+from svcli_export import manifest as manifest_module
 from svcli_export.bundle import ExportError, export_bundle
 from svcli_export.contract import ContractError
 from svcli_export.inspection import inspect_bundle
@@ -25,6 +27,7 @@ from svcli_export.manifest import BundleError, Manifest, load_manifest
 from svcli_export.quantize import stored_tensors
 from svcli_export.source import SourceError
 from svcli_export.vision_graph import vision_graph
+from svcli_export.weights import Piece
 from tests.export.tiny import NUM_PATCHES, SKIP, tiny_checkpoint
 
 
@@ -206,15 +209,24 @@ def test_a_killed_export_leaves_the_old_bundle(checkpoint: Path, bundle: Path) -
 def test_a_graph_that_differs_from_the_model_is_not_written(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(*arguments: Any) -> Any:
-        tensors = stored_tensors(*arguments)
-        tensors["decoder.layers.0.ffn.down.weight.T"] *= 1.5
-        return tensors
+    for precision, name, problem in (
+        ("fp32", "decoder.layers.0.ffn.down.weight.T", "prefill: error"),
+        ("int4", "decoder.layers.0.ffn.down.weight.T.scale", "a matrix is 5.% off"),
+    ):
+        monkeypatch.setattr(bundle_module, "stored_tensors", partial(with_larger, name))
+        with pytest.raises(ExportError, match=rf"{problem}.*nothing was written"):
+            export(checkpoint, tmp_path / "out", precision=precision)
+        assert list(tmp_path.iterdir()) == []
 
-    monkeypatch.setattr(bundle_module, "stored_tensors", wrong)
-    with pytest.raises(ExportError, match=r"prefill: error .* nothing was written"):
-        export(checkpoint, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+
+def with_larger(name: str, *arguments: Any) -> Iterator[Piece]:
+    """What is stored, with one tensor half as large again."""
+
+    def grown(piece: Piece) -> dict[str, Any]:
+        return {each: value * 1.5 if each == name else value for each, value in piece.make().items()}
+
+    for piece in stored_tensors(*arguments):
+        yield Piece(piece.infos, partial(grown, piece)) if name in piece.infos else piece
 
 
 @pytest.mark.parametrize(
@@ -233,6 +245,24 @@ def test_a_damaged_file_is_named(bundle: Path, name: str) -> None:
     path.unlink()
     with pytest.raises(BundleError, match=f"{name} is missing.*svcli export"):
         load_manifest(bundle)
+
+
+def test_a_large_file_is_hashed_where_there_is_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bundle / "weights.safetensors"
+    whole = path.read_bytes()
+    monkeypatch.setattr(manifest_module, "LARGE_FILE", len(whole))
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    load_manifest(bundle, quick=True)
+    with pytest.raises(BundleError, match=r"weights\.safetensors was altered"):
+        load_manifest(bundle)
+    assert list(inspect_bundle(bundle).file_problems) == ["weights.safetensors"]
+    path.write_bytes(whole[:-1])
+    with pytest.raises(BundleError, match=r"weights\.safetensors has"):
+        load_manifest(bundle, quick=True)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    monkeypatch.setattr(manifest_module, "LARGE_FILE", len(whole) + 1)  # one byte short of large
+    with pytest.raises(BundleError, match=r"weights\.safetensors was altered"):
+        load_manifest(bundle, quick=True)
 
 
 @pytest.mark.parametrize(

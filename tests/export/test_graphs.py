@@ -57,7 +57,7 @@ def test_fp32_equals_torch_stage_by_stage(tmp_path: Path, skip: str) -> None:
     assert check.agreement == 1
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("skip", ["skip", "drop", "plain"])
 def test_lower_precision_stays_within_its_tolerance(tmp_path: Path, skip: str, precision: Precision) -> None:
     written = write(tmp_path, skip, precision)
@@ -65,7 +65,7 @@ def test_lower_precision_stays_within_its_tolerance(tmp_path: Path, skip: str, p
     assert violations(check, precision) == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_untied_head_is_exported(tmp_path: Path, precision: Precision) -> None:
     # All patches retained: in a model this small, int8 rounding turns which rows merge, and no head has a part in that.
     written = write(tmp_path, "all-retained", precision, tied=False)
@@ -103,7 +103,7 @@ def test_a_number_that_is_none_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("skip", SKIP_SETTINGS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_graphs_are_valid_and_nothing_in_them_is_dead(tmp_path: Path, skip: str, precision: Precision) -> None:
     written = write(tmp_path, skip, precision)
     stored: set[str] = set()
@@ -141,17 +141,26 @@ def test_custom_ops_carry_the_plugin_namespace_and_a_body(tmp_path: Path) -> Non
         assert bodies == {node.op_type for node in graph.graph.node if node.domain == "svcli"}
 
 
-def test_onnxruntime_inlines_the_bodies_and_fuses_int8(tmp_path: Path) -> None:
-    written = write(tmp_path, "skip", "int8")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_onnxruntime_inlines_the_bodies_and_fuses_what_is_quantised(
+    tmp_path: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the options that chat opens sessions with."""
+    written = write(tmp_path, "skip", precision)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    monkeypatch.setattr(ort, "SessionOptions", lambda: options)
     for spec in written.contract.graphs:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-        ort.InferenceSession(str(tmp_path / spec.file), options, providers=["CPUExecutionProvider"])
+        open_session(tmp_path / spec.file)
         nodes = onnx.load(str(tmp_path / "optimised.onnx"), load_external_data=False).graph.node
         ops = {node.op_type for node in nodes}
         assert not ops & {"TokenGather", "SummaryPool", "CacheWrite", "DequantizeLinear"}
-        assert "MatMulNBits" in ops
+        products = [{each.name: each.i for each in node.attribute} for node in nodes if node.op_type == "MatMulNBits"]
+        in_graph = sum(node.op_type == "DequantizeLinear" for node in written.graphs[spec.name].graph.node)
+        assert len(products) == in_graph > 0
+        assert {each["accuracy_level"] for each in products} == {4}
+        in_blocks = 2 * 7 if precision == "int4" and spec.name != "vision" else 0  # of two layers
+        assert sum(each["bits"] == 4 and each["block_size"] == 32 for each in products) == in_blocks
 
 
 def test_graphs_are_old_enough_for_python_310(tmp_path: Path) -> None:

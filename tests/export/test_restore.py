@@ -56,6 +56,23 @@ def test_rounded_weights_are_off_by_half_a_step_at_most(tmp_path: Path, precisio
             assert ((found[name] - tensor).abs() <= 1.001 * share * largest).all(), name
 
 
+def test_int4_weights_are_off_by_a_step_of_their_block_at_most(tmp_path: Path) -> None:
+    checkpoint, bundle = exported(tmp_path, "int4", SKIP_SETTINGS["skip"])
+    manifest = load_manifest(bundle)
+    found = restore_model(bundle, manifest).state_dict()
+    errors = []
+    for name, tensor in load_checkpoint(checkpoint).state_dict().items():
+        if name.startswith("decoder.layers.") and tensor.dim() > 1:
+            for first in range(0, tensor.shape[1], 32):
+                block, back = tensor[:, first : first + 32], found[name][:, first : first + 32]
+                step = (block.amax(1).clamp(min=0) - block.amin(1).clamp(max=0)) / 15
+                assert ((back - block).abs() <= 1.001 * step[:, None]).all(), name
+            errors.append(float((found[name] - tensor).norm() / tensor.norm()))
+    assert len(errors) == 2 * 7
+    assert manifest.check.weight_error == pytest.approx(max(errors))
+    assert 0.05 < max(errors) < 0.1  # of numbers that are spread as a normal distribution
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     _, bundle = exported(tmp_path, "fp32", SKIP_SETTINGS["skip"])
     manifest, path = load_manifest(bundle), bundle / "weights.safetensors"

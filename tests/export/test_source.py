@@ -8,14 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
+from benchmarks.loading import write_checkpoint
 from skipvision.checkpoint import save_checkpoint
 from skipvision.config import SkipConfig
+from skipvision.families import known_model
 from skipvision.model import SkipVisionModel
+from skipvision.published import load_published
 from svcli_export.bundle import ExportError, export_bundle
+from svcli_export.contract import Precision
 from svcli_export.manifest import BundleError
-from svcli_export.source import SourceError
+from svcli_export.source import SourceError, read_published, read_source
 from tests.export.tiny import SKIP, tiny_checkpoint, tiny_config
 
 
@@ -34,7 +39,7 @@ def contents(bundle: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in bundle.iterdir() if path.name != "manifest.json"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("skip", [None, (2, 3), "off"], ids=["trained", "other", "off"])
 def test_of_a_whole_bundle_comes_what_comes_of_its_checkpoint(
     checkpoint: Path, tmp_path: Path, precision: Any, skip: Any
@@ -45,16 +50,27 @@ def test_of_a_whole_bundle_comes_what_comes_of_its_checkpoint(
     assert contents(again) == contents(made(checkpoint, tmp_path / "direct", precision, skip=skip, **limits))
 
 
-def test_what_was_rounded_stays_and_is_not_rounded_once_more(checkpoint: Path, tmp_path: Path) -> None:
-    rounded = made(checkpoint, tmp_path / "rounded", "int8", max_context=96)
-    again = made(rounded, tmp_path / "again", "int8")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_what_was_rounded_stays_and_is_not_rounded_once_more(
+    checkpoint: Path, tmp_path: Path, precision: Precision
+) -> None:
+    rounded = made(checkpoint, tmp_path / "rounded", precision, max_context=96)
+    again = made(rounded, tmp_path / "again", precision)
     first, second = (load_file(bundle / "weights.safetensors") for bundle in (rounded, again))
     assert first.keys() == second.keys()
     for name, value in first.items():
-        if name.endswith(".scale"):  # the largest weight divided by 127, which was a multiple of the scale
+        if name.endswith(".scale"):  # the largest weight, or the span of a block, divided by 127 or 15
             np.testing.assert_allclose(second[name], value, rtol=1e-6)
         else:
             np.testing.assert_array_equal(second[name], value)
+
+
+def test_floats_of_a_bundle_stay_in_its_file(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = made(checkpoint, tmp_path / "bundle", "fp16", max_context=96)
+    parameters = read_source(bundle).model.named_parameters()
+    read = {name: each for name, each in parameters if not name.startswith("vision.blocks.2.")}
+    assert {each.dtype for each in read.values()} == {torch.float16}
+    assert contents(made(bundle, tmp_path / "again", "fp16")) == contents(bundle)
 
 
 def test_limits_may_be_others_than_the_bundles(checkpoint: Path, tmp_path: Path) -> None:
@@ -96,3 +112,22 @@ def test_a_model_for_transformers_is_not_taken_for_a_checkpoint(tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(SourceError, match="published for transformers, which cannot be exported yet; `svcli cost`"):
         export_bundle(tmp_path, tmp_path / "other")
+
+
+def test_a_published_model_comes_in_its_own_dtype_and_is_exported_from_it(tmp_path: Path) -> None:
+    known = known_model("llava-1.5-7b-hf")
+    assert known is not None
+    small = replace(known, config=tiny_config(None, tied=False, clip=True))
+    write_checkpoint(small, tmp_path / "published")
+    tokens = tiny_checkpoint(tmp_path / "tokens")
+    tokenizer, template = ((tokens / name).read_text() for name in ("tokenizer.json", "chat_template.jinja"))
+    source = read_published(tmp_path / "published", tokenizer, template)
+    assert {parameter.dtype for parameter in source.model.parameters()} == {torch.float16}
+    for precision in ("fp16", "int4"):
+        output = tmp_path / precision
+        check = export_bundle(source, output, precision=precision, max_context=96).check
+        assert check.agreement >= 0.9
+        stored = load_file(output / "weights.safetensors")
+        matrix = load_published(tmp_path / "published").get_parameter("projector.fc2.weight").detach().numpy()
+        whole = stored["projector.fc2.weight.T"] * stored.get("projector.fc2.weight.T.scale", np.float32(1))
+        np.testing.assert_allclose(whole.T, matrix, atol=0 if precision == "fp16" else np.abs(matrix).max() / 200)

@@ -112,8 +112,8 @@ def altered(path: str, value: Any) -> str:
             {},
             (
                 "config: unknown key 'vison'; known: pixel_shuffle, projector, "
-                "projector_convs, projector_norm, projector_position, projector_size, projector_trained, resampler, skip, "
-                "text, tiles, vision$"
+                "projector_convs, projector_norm, projector_position, projector_size, projector_trained, resampler, "
+                "skip, skip_trained, text, tiles, vision$"
             ),
         ),
         ("vision.patchsize", 4, "vision: unknown key 'patchsize'; known: .*patch_size"),

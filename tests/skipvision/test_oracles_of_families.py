@@ -220,10 +220,10 @@ def test_selectors_that_a_family_cannot_have_are_refused(kind: zoo.Kind) -> None
         with pytest.raises(ConfigError, match="cls_attention needs an encoder with a CLS token"):
             model.with_skip(SkipConfig(5, 3, "cls_attention"))
     if is_joined(kind):
-        with pytest.raises(ConfigError, match=f"thumbnail retains {tokens} tokens, not 5"):
+        with pytest.raises(ConfigError, match=f"first retains {tokens} tokens, not 5"):
             model.with_skip(SkipConfig(5, 3, "first"))
     else:
-        with pytest.raises(ConfigError, match="thumbnail needs tiles that are joined"):
+        with pytest.raises(ConfigError, match="first needs tiles that are joined"):
             model.with_skip(SkipConfig(tokens, 0, "first"))
         with pytest.raises(ConfigError, match=f"num_skipped must be at most {tokens - 5}"):
             model.with_skip(SkipConfig(5, tokens - 4, "uniform"))
