@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -260,6 +260,8 @@ class ModelConfig:
     still knows where it came from."""
     projector_trained: bool = True
     """False where it holds fresh weights, so that the decoder cannot make sense of pictures yet."""
+    skip_trained: bool = True
+    """False where a model that was trained without skipping is made to skip."""
 
     def __post_init__(self) -> None:
         require(self.projector_size >= 1, f"projector_size must be at least 1, got {self.projector_size}")
@@ -320,6 +322,15 @@ class ModelConfig:
         if self.resampler is not None:
             return tuple(accumulate(self.resampler.token_counts(self.vision.grid)))
         return (self.num_tokens,) if self.tiles is not None and self.tiles.is_joined else ()
+
+    def skip_of(self, num_retained: int, num_skipped: int) -> SkipConfig:
+        """The setting with so many tokens: as it was trained, or as the paper trains where it was not."""
+        if self.skip is not None:
+            return replace(self.skip, num_retained=num_retained, num_skipped=num_skipped)
+        selector: Selector = "cls_attention" if self.vision.has_cls else "received_attention"
+        if num_retained in self.leading_parts or self.resampler is not None:
+            selector = "first"
+        return SkipConfig(num_retained, num_skipped, selector, "all")
 
     @property
     def num_tokens(self) -> int:

@@ -181,6 +181,11 @@ class TokenLayout:
         return until[self.positions]
 
 
+def read_ids(input_ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Ids whose embeddings can be looked up: a placeholder may lie behind the vocabulary, and nothing reads its row."""
+    return [token if token < vocab_size else 0 for token in input_ids]
+
+
 @dataclass(frozen=True)
 class BatchLayout:
     """Several layouts side by side, the kept part and the skipped part padded apart.

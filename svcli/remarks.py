@@ -10,6 +10,14 @@ if TYPE_CHECKING:
 
 def remarks(config: ModelConfig) -> list[str]:
     """A sentence each."""
-    if config.projector_trained:
-        return []
-    return ["the projector of this model is untrained: it makes nothing of pictures before it has been trained"]
+    found = []
+    if not config.projector_trained:
+        found.append(
+            "the projector of this model is untrained: it makes nothing of pictures before it has been trained"
+        )
+    if config.skip is not None and not config.skip_trained:
+        found.append(
+            "this model was not trained to skip: expect it to miss details, small text first; `svcli export --skip off`"
+            " keeps all it sees"
+        )
+    return found

@@ -12,23 +12,19 @@ import numpy as np
 import numpy.typing as npt
 from onnxruntime import InferenceSession, OrtValue
 
-from skipvision.layout import TokenLayout
-from skipvision.tiles import Cut, mosaic
-from svcli_engines.base import EngineError, Logits, Pixels, Visual, check_extend, check_prefill
+from skipvision.layout import TokenLayout, read_ids
+from skipvision.tiles import Cut
+from svcli_engines.base import Logits, Pixels, Visual, check_extend, check_prefill
 from svcli_export.contract import (
     CACHE_PARTS,
     MOSAIC_INDEX,
-    MOSAIC_WEIGHT,
     CachePart,
     GraphName,
     past_name,
     present_name,
 )
 from svcli_export.manifest import Manifest
-from svcli_export.runtime import Provider, open_session
-
-_VIEWS_AT_ONCE = 4
-"""Which bounds what the encoder's attention takes: a view of 1,024 patches has 12 million scores."""
+from svcli_export.runtime import Provider, open_session, run_vision
 
 
 class OnnxEngine:
@@ -73,16 +69,7 @@ class OnnxEngine:
         return self._length
 
     def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
-        names, session = self._contract.graph("vision").input_names, self._session("vision")
-        if MOSAIC_INDEX in names:
-            if cut is None:
-                raise EngineError("views that are joined need to be told how the picture was cut")
-            pieces = mosaic(self._config, cut)
-            feeds = {"pixels": pixels, MOSAIC_INDEX: pieces.index, MOSAIC_WEIGHT: pieces.weight}
-            (visual,) = session.run(["visual"], {name: feeds[name] for name in names})
-            return np.asarray(visual)
-        parts = [pixels[first : first + _VIEWS_AT_ONCE] for first in range(0, len(pixels), _VIEWS_AT_ONCE)]
-        return np.concatenate([np.asarray(session.run(["visual"], {"pixels": part})[0]) for part in parts])
+        return run_vision(self._session("vision"), self._contract, self._config, pixels, cut)
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         check_prefill(layout, visual, self.capacity)
@@ -93,7 +80,7 @@ class OnnxEngine:
         elif MOSAIC_INDEX in self._contract.graph("vision").input_names:
             visual = visual.reshape(1, -1, visual.shape[-1])
         feeds = {
-            "input_ids": np.array([input_ids], np.int64),
+            "input_ids": np.array([read_ids(input_ids, self._config.text.vocab_size)], np.int64),
             "visual": visual,
             "source": layout.source[None],
             "position_ids": layout.positions[None],

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision.cost import kv_bytes
-from skipvision.layout import BatchLayout, TokenLayout
+from skipvision.layout import BatchLayout, TokenLayout, read_ids
 from skipvision.tiles import Cut
 from svcli_engines.base import Logits, MachineError, Pixels, Visual, check_extend, check_prefill
 from svcli_engines.torch_steps import Step, capture, compile_step, is_compilers, reason
@@ -137,7 +137,8 @@ class TorchEngine:
         width = self._model.config.text.hidden_size
         rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual).to(self._device)
         batch = BatchTensors.of(BatchLayout.of([layout], len(input_ids)), self._device)
-        logits = self._model.fill(torch.tensor([input_ids], device=self._device), rows, batch, self._cache)
+        ids = read_ids(input_ids, self._model.config.text.vocab_size)
+        logits = self._model.fill(torch.tensor([ids], device=self._device), rows, batch, self._cache)
         self._length = layout.num_kept
         return _numpy(logits[0])
 

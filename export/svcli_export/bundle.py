@@ -8,21 +8,20 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx
 from PIL import Image
 
 import skipvision
 from skipvision.config import ModelConfig, SkipConfig
 from skipvision.folders import write_directory
-from skipvision.layout import TokenLayout
+from skipvision.layout import TokenLayout, picture_spans
 from skipvision.model import SkipVisionModel
-from skipvision.tokenizer import END, IMAGE
+from skipvision.presets import Setting
 from svcli_export.agreement import CHECK_QUESTION, NUM_TOKENS, drawn_cards
 from svcli_export.chat import ChatTokenizer, Message
 from svcli_export.contract import CUSTOM_DOMAIN, Contract, GraphName, Precision, build_contract
@@ -31,25 +30,24 @@ from svcli_export.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     TOKENIZER_FILE,
-    ChatFormat,
     GraphOps,
-    ImageProcessing,
     Manifest,
     file_entry,
     required_files,
 )
-from svcli_export.pixels import to_pixels
+from svcli_export.pixels import to_views
 from svcli_export.quantize import stored_tensors
 from svcli_export.source import Source, read_source
-from svcli_export.verify import verify, violations
+from svcli_export.verify import Sample, verify, violations
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import WEIGHTS_FILE, WeightFile
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the export that is done before it."""
 
-Skip = SkipConfig | tuple[int, int] | Literal["off"]
-"""A skip setting: whole, retained and skipped tokens alone with all else as it was trained, or the plain model."""
+Skip = SkipConfig | Setting | tuple[int, int] | Literal["off"]
+"""A skip setting: whole, one of the paper's, retained and skipped tokens alone with all else as it was trained, or the
+plain model."""
 
 _GRAPHS = (vision_graph, prefill_graph, decode_graph)
 
@@ -69,13 +67,15 @@ def export_bundle(
     pictures: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress = lambda _what, _share: None,
+    tower: Path | None = None,
+    processor: Path | None = None,
 ) -> Manifest:
     """Writes the bundle `output` and returns its manifest.
 
-    `source` is a checkpoint or another bundle, whose rounding stays, or what was read from one; limits that are None
-    are the source's. `skip` overrides the source's setting. `pictures` are what the check looks at; test cards are
-    drawn where there are none. An interrupted or refused export leaves an older bundle as it was. What else lies in its
-    folder, such as plans or a README, stays.
+    `source` is a checkpoint, a published model, or another bundle, whose rounding stays, or what was read from one
+    (`tower` and `processor`: see `read_source`); limits that are None are the source's. `skip` overrides the source's
+    setting. `pictures` are what the check looks at; test cards are drawn where there are none. An interrupted or
+    refused export leaves an older bundle as it was. What else lies in its folder, such as plans or a README, stays.
 
     Raises ExportError, or what the parts raise: CheckpointError, BundleError, SourceError, ConfigError, ContractError
     (all ValueError).
@@ -87,12 +87,19 @@ def export_bundle(
     if output.exists() and not (output / MANIFEST_FILE).is_file() and any(output.iterdir()):
         raise ExportError(f"{output} is not empty and holds no bundle; choose another folder")
     progress("reading the model", 0.0)
-    origin = source if isinstance(source, Source) else read_source(source)
+    if isinstance(source, Source):
+        origin = source
+    else:
+        reading = partial(_setting, asked=skip)
+        origin = read_source(
+            source, reading, lambda what, share: progress(what, 0.1 * share), tower=tower, processor=processor
+        )
     model = _with_skip(origin.model, skip)
     origin.check(model.config)
-    context = origin.max_context if max_context is None else max_context
-    contract = build_contract(model.config, context, origin.max_images if max_images is None else max_images, precision)
-    images = _check_pictures(pictures)
+    images = origin.max_images if max_images is None else max_images
+    context = origin.max_context(images) if max_context is None else max_context
+    contract = build_contract(model.config, context, images, precision)
+    looked_at = _check_pictures(pictures, model.config)
     written: list[Manifest] = []
 
     def write(folder: Path) -> None:
@@ -106,7 +113,7 @@ def export_bundle(
             graph = build(model.config, contract, weights)
             onnx.save(graph, folder / spec.file)
             ops[spec.name] = _count_ops(graph)
-        manifest = _checked_manifest(model, contract, folder, origin.template, images, ops, progress)
+        manifest = _checked_manifest(origin, model, contract, folder, looked_at, ops, progress)
         (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         written.append(manifest)
 
@@ -134,50 +141,39 @@ def _link(old: str | Path, new: str | Path) -> None:
 
 def _with_skip(model: SkipVisionModel, skip: Skip | None) -> SkipVisionModel:
     """The model with another skip setting: the same weights, but for the summary layer that the plain model lacks."""
-    trained = model.config.skip
-    override = _setting(trained, skip)
+    asked = _setting(model.config, skip)
+    override = None if asked == "off" else asked
     if override is not None and override.selector == "random":
         raise ExportError("skip.selector random draws anew at each call; export with another selector")
-    if override == trained:
-        return model
-    return model.with_skip(override)
+    return model if override == model.config.skip else model.with_skip(override)
 
 
-def _setting(trained: SkipConfig | None, asked: Skip | None) -> SkipConfig | None:
+def _setting(config: ModelConfig, asked: Skip | None) -> SkipConfig | Literal["off"] | None:
+    """None where nothing is said, by nobody."""
     if isinstance(asked, tuple):
-        return replace(trained or SkipConfig(), num_retained=asked[0], num_skipped=asked[1])
-    if asked is None:
-        return trained
-    return None if asked == "off" else asked
+        return config.skip_of(*asked)
+    if isinstance(asked, Setting):
+        return asked.skip_config(config)
+    return config.skip if asked is None else asked
 
 
 def _checked_manifest(
+    origin: Source,
     model: SkipVisionModel,
     contract: Contract,
     folder: Path,
-    template: str,
     images: Sequence[Image.Image],
     ops: dict[GraphName, GraphOps],
     progress: Progress,
 ) -> Manifest:
-    config = model.config
-    image = ImageProcessing(
-        image_size=config.vision.image_size, mean=config.vision.image_mean, std=config.vision.image_std
-    )
-    tokenizer = ChatTokenizer.load(folder, template)
-    image_id, end_id = (tokenizer.tokenizer.token_to_id(token) for token in (IMAGE, END))
-    if image_id is None or end_id is None:
-        raise ExportError(f"the tokenizer has no {IMAGE if image_id is None else END} token, which chat needs")
-    prompt = tokenizer.encode([Message("user", CHECK_QUESTION, images=1)])
-    if prompt.count(image_id) != 1:
-        raise ExportError(f"the chat template writes {prompt.count(image_id)} {IMAGE} tokens for one picture, not one")
-    rows = TokenLayout.of(prompt, image_id, config).num_kept + NUM_TOKENS
+    tokenizer = ChatTokenizer.load(folder, origin.chat.template, origin.chat.published)
+    samples = [_sample(image, origin, model.config, tokenizer) for image in images]
+    rows = max(sample.layout.num_kept for sample in samples) + NUM_TOKENS
     if rows > contract.capacity:
         wanted = contract.max_context + rows - contract.capacity
         raise ExportError(f"max_context {contract.max_context} is too small for one question; ask for {wanted} or more")
-    pixels = np.stack([to_pixels(picture, image) for picture in images])
     progress("checking the graphs against PyTorch", 0.35)
-    check = verify(model, contract, folder, pixels, prompt, image_id)
+    check = verify(model, contract, folder, samples)
     if found := violations(check, contract.precision):
         raise ExportError(
             f"the exported graphs do not do what the model does ({'; '.join(found)}); nothing was written"
@@ -185,10 +181,10 @@ def _checked_manifest(
     progress("hashing the files", 0.95)
     return Manifest(
         format_version=FORMAT_VERSION,
-        model=_as_json(config),
+        model=_as_json(model.config),
         contract=contract,
-        image=image,
-        chat=ChatFormat(template=template, image_id=image_id, stop_ids=(end_id,)),
+        image=origin.image,
+        chat=origin.chat,
         graphs=ops,
         files={name: file_entry(folder / name) for name in required_files(contract)},
         tools={
@@ -198,6 +194,15 @@ def _checked_manifest(
         },
         check=check,
     )
+
+
+def _sample(image: Image.Image, origin: Source, config: ModelConfig, tokenizer: ChatTokenizer) -> Sample:
+    views = to_views(image, origin.image, config)
+    prompt = tokenizer.encode([Message("user", CHECK_QUESTION, images=1)], [views.cut])
+    spans = picture_spans(config, views.cut)
+    if (found := prompt.count(origin.chat.image_id)) != len(spans):
+        raise ExportError(f"the chat template writes {found} placeholders for one picture, not {len(spans)}")
+    return Sample(views.pixels, views.cut, prompt, TokenLayout.of(prompt, origin.chat.image_id, config, spans))
 
 
 def _count_ops(graph: onnx.ModelProto) -> GraphOps:
@@ -211,11 +216,15 @@ def _as_json(config: ModelConfig) -> dict[str, Any]:
     return data
 
 
-def _check_pictures(paths: Sequence[Path]) -> list[Image.Image]:
-    """The pictures at `paths`, or drawn test cards."""
+def _check_pictures(paths: Sequence[Path], config: ModelConfig) -> list[Image.Image]:
+    """The pictures at `paths`, or drawn test cards, the first of them large enough for several tiles."""
     if paths:
         try:
             return [Image.open(path).convert("RGB") for path in paths]
         except OSError as error:  # an unknown format is one too
             raise ExportError(f"a picture for the check cannot be read: {error}") from None
-    return drawn_cards()
+    first, *others = drawn_cards()
+    if config.tiles is None:
+        return [first, *others]
+    side = config.vision.image_size
+    return [first.resize((2 * side, side)), *others]

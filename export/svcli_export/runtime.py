@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
+from skipvision.config import ModelConfig
+from skipvision.tiles import Cut, mosaic
+from svcli_export.contract import MOSAIC_INDEX, MOSAIC_WEIGHT, Contract
+
+Floats = npt.NDArray[Any]
 Provider = Literal["cpu", "cuda"]
 
+_AT_ONCE = 4
+"""Views, which bounds what the encoder's attention takes: a view of 1,024 patches has 12 million scores."""
 _ERRORS_ONLY = 3
 _FUSES_INT8 = (1, 24)
 """ONNX Runtime 1.23, the last for Python 3.10, has no 8 bit kernel for one scale per channel."""
@@ -61,6 +70,22 @@ def open_session(
     if provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
         raise ProviderError("CUDA could not be started; see what `svcli doctor` says of the driver, or use the CPU")
     return session
+
+
+def run_vision(
+    session: ort.InferenceSession, contract: Contract, config: ModelConfig, pixels: Floats, cut: Cut | None
+) -> Floats:
+    """Visual rows [I, V, D] of `pixels` [I, 3, S, S]: pictures that are seen once, or the views of one, joined as `cut`
+    says where the model joins them."""
+    names = contract.graph("vision").input_names
+    if MOSAIC_INDEX in names:
+        assert cut is not None
+        pieces = mosaic(config, cut)
+        feeds = {"pixels": pixels, MOSAIC_INDEX: pieces.index, MOSAIC_WEIGHT: pieces.weight}
+        (visual,) = session.run(["visual"], {name: feeds[name] for name in names})
+        return np.asarray(visual)
+    parts = [pixels[first : first + _AT_ONCE] for first in range(0, len(pixels), _AT_ONCE)]
+    return np.concatenate([np.asarray(session.run(["visual"], {"pixels": part})[0]) for part in parts])
 
 
 def _version() -> tuple[int, int]:

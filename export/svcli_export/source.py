@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from skipvision.checkpoint import load_checkpoint
-from skipvision.config import ModelConfig
+from skipvision.config import ModelConfig, SkipConfig, VisionConfig
 from skipvision.model import SkipVisionModel
-from skipvision.published import load_published
-from svcli_export.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, load_manifest
+from skipvision.published import load_published, read_known
+from skipvision.tiles import most_tokens
+from skipvision.tokenizer import END, IMAGE
+from svcli_export.chat import ChatTokenizer
+from svcli_export.manifest import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    ChatFormat,
+    ImageProcessing,
+    Manifest,
+    load_manifest,
+)
+from svcli_export.processing import read_processing
 from svcli_export.quantize import num_blocks_read
 from svcli_export.restore import restore_model
+
+_CONTEXT = 1024
+"""Rows beside those of large pictures."""
 
 
 class SourceError(ValueError):
@@ -29,19 +46,24 @@ class Source:
     model: SkipVisionModel
     """In eval mode, on the CPU; in fp32, or mapped from its files as a published one or a bundle is stored."""
     tokenizer: str
-    template: str
-    manifest: Manifest | None
+    chat: ChatFormat
+    image: ImageProcessing
+    manifest: Manifest | None = None
     """Of a bundle."""
 
-    @property
-    def max_context(self) -> int:
+    def max_context(self, max_images: int) -> int:
         """Rows of one conversation where nothing else is asked for."""
-        return 1024 if self.manifest is None else self.manifest.contract.max_context
+        if self.manifest is not None and max_images == self.max_images:
+            return self.manifest.contract.max_context
+        rows = max_images * most_tokens(self.model.config)
+        return _CONTEXT if rows <= _CONTEXT // 2 else rows + _CONTEXT
 
     @property
     def max_images(self) -> int:
         """Pictures of one conversation, likewise."""
-        return 2 if self.manifest is None else self.manifest.contract.max_images
+        if self.manifest is not None:
+            return self.manifest.contract.max_images
+        return 2 if self.model.config.tiles is None else 1
 
     def check(self, config: ModelConfig) -> None:
         """Raises SourceError where this is a bundle that lacks layers of the encoder which `config` reads."""
@@ -52,24 +74,58 @@ class Source:
             )
 
 
-def read_source(folder: Path) -> Source:
-    """Raises SourceError, or CheckpointError or BundleError for what is no checkpoint and no bundle."""
-    if not (folder / MANIFEST_FILE).is_file():
-        _refuse_published(folder / "config.json")
-        model = load_checkpoint(folder)
-        return Source(model, _read(folder / TOKENIZER_FILE), _read(folder / "chat_template.jinja"), None)
-    manifest = load_manifest(folder)
-    return Source(
-        restore_model(folder, manifest, mapped=True), _read(folder / TOKENIZER_FILE), manifest.chat.template, manifest
-    )
+def read_source(
+    folder: Path,
+    skip: Callable[[ModelConfig], SkipConfig | Literal["off"] | None] = lambda _config: None,
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
+    *,
+    tower: Path | None = None,
+    processor: Path | None = None,
+) -> Source:
+    """What there is in `folder`. `skip` is asked how a published model is to skip, since the authors' own does not say.
+
+    Published models of LLaVA's own code need what it kept elsewhere: `tower`, the folder of their vision tower, and
+    `processor`, that of a model whose tokenizer, chat template and picture processing are theirs. Raises SourceError,
+    or CheckpointError, BundleError, ConfigError or ProcessingError for what cannot be read.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        manifest = load_manifest(folder)
+        model = restore_model(folder, manifest, mapped=True)
+        return Source(model, _read(folder / TOKENIZER_FILE), manifest.chat, manifest.image, manifest)
+    if _is_published(folder / "config.json"):
+        known = read_known(folder, tower).config
+        read = read_processing(processor or folder, known)
+        asked = skip(known)
+        model = load_published(folder, _stored_dtype(folder), progress, tower=tower, skip=asked)
+        return Source(model, read.tokenizer, read.chat, read.image)
+    model = load_checkpoint(folder)
+    tokenizer, template = _read(folder / TOKENIZER_FILE), _read(folder / "chat_template.jinja")
+    return Source(model, tokenizer, _own_chat(folder, tokenizer, template), own_image(model.config.vision))
 
 
 def read_published(folder: Path, tokenizer: str, template: str) -> Source:
-    """A model that was published for transformers, in the dtype that it is stored in and mapped from its files.
+    """A published model that is spoken to, and sees, as models do that are trained here; for benchmarks."""
+    model = load_published(folder, _stored_dtype(folder))
+    return Source(model, tokenizer, _own_chat(folder, tokenizer, template), own_image(model.config.vision))
 
-    `tokenizer` and `template` as chat reads them. Raises CheckpointError or ConfigError.
-    """
-    return Source(load_published(folder, _stored_dtype(folder)), tokenizer, template, None)
+
+def own_image(vision: VisionConfig) -> ImageProcessing:
+    """How models that are trained here see."""
+    return ImageProcessing(image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std)
+
+
+def _own_chat(folder: Path, tokenizer_json: str, template: str) -> ChatFormat:
+    """How models that are trained here are spoken to."""
+    try:
+        tokenizer = ChatTokenizer(tokenizer_json, template).tokenizer
+    except TemplateError as error:
+        raise SourceError(f"{folder}: its chat template is broken ({error})") from None
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise SourceError(f"{folder}: its tokenizer is broken ({error})") from None
+    image_id, end_id = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(END)
+    if image_id is None or end_id is None:
+        raise SourceError(f"the tokenizer has no {IMAGE if image_id is None else END} token, which chat needs")
+    return ChatFormat(template=template, image_id=image_id, stop_ids=(end_id,))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -84,14 +140,11 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-def _refuse_published(config: Path) -> None:
-    """Raises SourceError for a model that was published for transformers."""
+def _is_published(config: Path) -> bool:
+    """Whether it is the config.json of a model that was published for transformers."""
     with suppress(OSError, UnicodeDecodeError):
-        if '"model_type"' in config.read_text(encoding="utf-8"):
-            raise SourceError(
-                f"{config.parent} is a model published for transformers, which cannot be exported yet; `svcli cost`"
-                " shows what skipping would save on it"
-            )
+        return '"model_type"' in config.read_text(encoding="utf-8")
+    return False
 
 
 def _read(path: Path) -> str:

@@ -15,9 +15,11 @@ import numpy.typing as npt
 import torch
 from onnxruntime import InferenceSession
 
+from skipvision.config import ModelConfig
 from skipvision.decoder import KVCache
-from skipvision.layout import BatchLayout, TokenLayout
+from skipvision.layout import BatchLayout, TokenLayout, read_ids
 from skipvision.model import BatchTensors, SkipVisionModel
+from skipvision.tiles import Cut
 from svcli_export.agreement import (
     MOST_ROUNDED,
     NUM_TOKENS,
@@ -28,14 +30,14 @@ from svcli_export.agreement import (
     agreement_of_all,
     difference,
     excess,
-    match_rows,
+    match_runs,
     worst,
 )
 from svcli_export.contract import CACHE_PARTS, Contract, GraphName, Precision, past_name, present_name
 from svcli_export.manifest import ExportCheck, RowCheck, StageCheck
 from svcli_export.reference import computing_in_fp32, own_weights
 from svcli_export.restore import EMBEDDING, HEAD, StoredWeights
-from svcli_export.runtime import open_session
+from svcli_export.runtime import open_session, run_vision
 from svcli_export.weights import WEIGHTS_FILE
 
 Floats = npt.NDArray[Any]
@@ -96,31 +98,39 @@ class _Expected:
         return [int(each.argmax()) for each in self.logits]
 
 
-def verify(
-    model: SkipVisionModel, contract: Contract, folder: Path, pixels: Floats, prompt: Sequence[int], image_id: int
-) -> ExportCheck:
-    """Compares the graphs in `folder` with `model` on `pixels` [N, 3, H, W], each with the ids `prompt` (one picture).
+@dataclass(frozen=True)
+class Sample:
+    """A picture and a question about it."""
+
+    pixels: Floats
+    """[I, 3, H, W], its views."""
+    cut: Cut
+    prompt: Sequence[int]
+    layout: TokenLayout
+
+
+def verify(model: SkipVisionModel, contract: Contract, folder: Path, samples: Sequence[Sample]) -> ExportCheck:
+    """Compares the graphs in `folder` with `model` on `samples`.
 
     Prefill and decode get PyTorch's visual rows and PyTorch's greedy tokens, so that each stage answers for itself.
     PyTorch computes in fp32. With int4 it takes the weights of the bundle, and those are held against the model's.
     One thing is in memory at a time: PyTorch's, then each graph's weights. A large model is asked less.
     """
     is_large = _size(model) >= LARGE
-    pictures, num_tokens = (pixels[:1], LARGE_TOKENS) if is_large else (pixels, NUM_TOKENS)
-    layout = TokenLayout.of(prompt, image_id, model.config)
+    samples, num_tokens = (samples[:1], LARGE_TOKENS) if is_large else (samples, NUM_TOKENS)
     rounded = contract.precision == "int4"
     weight_error = _weight_error(model, StoredWeights(folder / WEIGHTS_FILE)) if rounded else None
     with _reference(model, folder, rounded=rounded):
-        expected = [_expected(model, contract, picture, prompt, layout, num_tokens) for picture in pictures[:, None]]
+        expected = [_expected(model, contract, sample, num_tokens) for sample in samples]
     graphs = _Graphs(folder, contract, lean=is_large and contract.compute_dtype == "float16")
-    vision = _check_vision(graphs, pictures, expected, layout)
-    prefill, first, caches = _check_prefill(graphs, prompt, expected, layout)
-    decode, later = _check_decode(graphs, expected, caches, layout)
+    vision = _check_vision(graphs, model.config, samples, expected)
+    prefill, first, caches = _check_prefill(graphs, samples, expected)
+    decode, later = _check_decode(graphs, samples, expected, caches)
     wanted = [token for each in expected for token in each.tokens]
     same = sum(got == token for got, token in zip([*first, *later], _by_step(expected), strict=True))
     return ExportCheck(
         stages=tuple(stage.outcome() for stage in (vision, prefill, decode)),
-        num_pictures=len(pictures),
+        num_pictures=len(samples),
         num_tokens=len(wanted),
         agreement=same / len(wanted),
         weight_error=weight_error,
@@ -162,19 +172,14 @@ def _weight_error(model: SkipVisionModel, stored: StoredWeights) -> float:
 
 
 @torch.no_grad()
-def _expected(
-    model: SkipVisionModel,
-    contract: Contract,
-    picture: Floats,
-    prompt: Sequence[int],
-    layout: TokenLayout,
-    num_tokens: int,
-) -> _Expected:
-    visual = model.encode_images(torch.from_numpy(picture))
+def _expected(model: SkipVisionModel, contract: Contract, sample: Sample, num_tokens: int) -> _Expected:
+    layout = sample.layout
+    visual = model.encode_picture(torch.from_numpy(sample.pixels), sample.cut)
     capacity = layout.num_kept + num_tokens
     cache = _fp32(model.new_cache(1, capacity))
-    batch = BatchTensors.of(BatchLayout.of([layout], len(prompt)), torch.device("cpu"))
-    logits = [model.fill(torch.tensor([prompt]), visual, batch, cache)]
+    ids = read_ids(sample.prompt, model.config.text.vocab_size)
+    batch = BatchTensors.of(BatchLayout.of([layout], len(ids)), torch.device("cpu"))
+    logits = [model.fill(torch.tensor([ids]), visual, batch, cache)]
     kept = {
         past_name(layer, part): buffers[layer][:, :, : layout.num_kept].numpy().copy()
         for layer in range(contract.num_layers)
@@ -219,19 +224,21 @@ class _Graphs:
         return made
 
 
-def _check_vision(graphs: _Graphs, pictures: Floats, expected: Sequence[_Expected], layout: TokenLayout) -> _Stage:
+def _check_vision(
+    graphs: _Graphs, config: ModelConfig, samples: Sequence[Sample], expected: Sequence[_Expected]
+) -> _Stage:
     stage = _Stage("vision")
     with graphs.open("vision") as session:
-        for picture, wanted in zip(pictures[:, None], expected, strict=True):
-            rows = wanted.visual[0]
-            matched = match_rows(session.run(None, {"pixels": picture})[0][0], rows, layout.images[0])
+        for sample, wanted in zip(samples, expected, strict=True):
+            got = run_vision(session, graphs.contract, config, sample.pixels, sample.cut)
+            matched, rows = match_runs(got, wanted.visual, sample.layout.images)
             stage.compare(matched, rows)
             stage.agreeing.append(agreeing_rows(matched, rows, TOLERANCES[graphs.contract.precision]))
     return stage
 
 
 def _check_prefill(
-    graphs: _Graphs, prompt: Sequence[int], expected: Sequence[_Expected], layout: TokenLayout
+    graphs: _Graphs, samples: Sequence[Sample], expected: Sequence[_Expected]
 ) -> tuple[_Stage, list[int], list[dict[str, Floats]]]:
     """Also the token after each prompt, and the rows that were kept of each buffer."""
     stage, tokens, caches = _Stage("prefill"), [], []
@@ -240,9 +247,10 @@ def _check_prefill(
         name: np.zeros((1, contract.num_kv_heads, 0, contract.head_dim)) for name in names if name.startswith(_PAST)
     }
     with graphs.open("prefill") as session:
-        for wanted in expected:
+        for sample, wanted in zip(samples, expected, strict=True):
+            layout = sample.layout
             feeds = {
-                "input_ids": np.array([prompt], np.int64),
+                "input_ids": np.array([read_ids(sample.prompt, wanted.logits[0].shape[-1])], np.int64),
                 "visual": wanted.visual.astype(contract.compute_dtype),
                 "source": layout.source[None],
                 "position_ids": layout.positions[None],
@@ -261,13 +269,16 @@ def _check_prefill(
 
 
 def _check_decode(
-    graphs: _Graphs, expected: Sequence[_Expected], caches: Sequence[dict[str, Floats]], layout: TokenLayout
+    graphs: _Graphs,
+    samples: Sequence[Sample],
+    expected: Sequence[_Expected],
+    caches: Sequence[dict[str, Floats]],
 ) -> tuple[_Stage, list[int]]:
     """Also the tokens behind the first, picture by picture. `caches`: the rows that prefill left."""
     stage, tokens = _Stage("decode"), []
     with graphs.open("decode") as session:
-        for wanted, kept in zip(expected, caches, strict=True):
-            buffers = graphs.buffers(kept)
+        for sample, wanted, kept in zip(samples, expected, caches, strict=True):
+            layout, buffers = sample.layout, graphs.buffers(kept)
             for step, (token, reference) in enumerate(zip(wanted.tokens, wanted.logits[1:], strict=False)):
                 feeds = {
                     "input_ids": np.array([[token]]),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from svcli import ui
+from svcli.errors import UsageError
 from svcli.models import model_folder
 from svcli.remarks import remarks
 from svcli.skip_option import parse_counts
+
+if TYPE_CHECKING:
+    from skipvision.presets import Setting
 
 
 class Precision(str, Enum):
@@ -28,7 +32,8 @@ def export(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Checkpoint folder, another bundle, or a model on the hub: owner/name, or owner/name@revision.",
+            help="Checkpoint folder, of `svcli train` or published, another bundle, or a model on the hub: owner/name,"
+            " or owner/name@revision.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Bundle folder to write.")],
@@ -41,12 +46,17 @@ def export(
         typer.Option(
             min=1,
             metavar="N",
-            help="Rows of one conversation, as the plain model counts them; 1024, or the other bundle's, if left out.",
+            help="Rows of one conversation, as the plain model counts them; if left out the other bundle's, or 1024"
+            " beside large pictures.",
         ),
     ] = None,
     max_images: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Pictures of one conversation; 2, or the other bundle's, if left out."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Pictures of one conversation; if left out the other bundle's, or 2, or 1 that is seen in tiles.",
+        ),
     ] = None,
     skip: Annotated[
         str | None,
@@ -55,19 +65,36 @@ def export(
             help="Retained and skipped tokens of an image; what the model was trained with if left out.",
         ),
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Or one of the paper's settings, such as sv-llava-100.")
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOWER", help="Folder or hub id of the CLIP model, for checkpoints of LLaVA's own code without it."
+        ),
+    ] = None,
+    processor: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Published model whose tokenizer, chat template and picture processing are taken, likewise.",
+        ),
+    ] = None,
     pictures: Annotated[
         list[Path] | None,
         typer.Option("--picture", metavar="PATH", help="Picture for the check at the end; may be given several times."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is already there.")] = False,
 ) -> None:
-    """Write a checkpoint, or another bundle, as a bundle for chat.
+    """Write a checkpoint, a published model, or another bundle, as a bundle for chat.
 
     Three ONNX graphs (vision, prefill, decode), one weight file and a manifest, checked against PyTorch at the end.
     What another bundle has rounded stays rounded.
     """
-    setting = parse_skip(skip)
+    setting = parse_setting(preset, skip)
     folder = model_folder(source)
+    tower = None if vision_tower is None else model_folder(vision_tower, check=_any_config)
     from svcli_export.bundle import export_bundle
 
     with ui.Progress() as progress:
@@ -81,6 +108,8 @@ def export(
             pictures=pictures or (),
             overwrite=overwrite,
             progress=lambda what, share: progress.update(what, share, 1.0),
+            tower=tower,
+            processor=processor,
         )
     check = manifest.check
     ui.note(
@@ -89,6 +118,23 @@ def export(
     for remark in remarks(manifest.config):
         ui.note(remark)
     ui.show(str(output))
+
+
+def _any_config(_text: str) -> None:
+    """A config.json that whoever reads it judges."""
+
+
+def parse_setting(preset: str | None, skip: str | None) -> Setting | tuple[int, int] | Literal["off"] | None:
+    """What of both is given. Raises UsageError."""
+    if preset is None:
+        return parse_skip(skip)
+    from skipvision.presets import PRESETS
+
+    if skip is not None:
+        raise UsageError("--preset and --skip: name one of them")
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: choose among {', '.join(PRESETS)}")
+    return PRESETS[preset]
 
 
 def parse_skip(text: str | None) -> tuple[int, int] | Literal["off"] | None:

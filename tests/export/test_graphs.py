@@ -19,7 +19,7 @@ from svcli_export.runtime import open_session
 from svcli_export.verify import verify, violations
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import WEIGHTS_FILE, WeightFile
-from tests.export.tiny import IMAGE_SIZE, SKIP_SETTINGS, tiny_model
+from tests.export.tiny import IMAGE_SIZE, SKIP_SETTINGS, asked, tiny_model
 
 PROMPT = [2, 5, 1, 6, 7, 3]
 
@@ -51,7 +51,7 @@ def pictures() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
 @pytest.mark.parametrize("skip", SKIP_SETTINGS)
 def test_fp32_equals_torch_stage_by_stage(tmp_path: Path, skip: str) -> None:
     written = write(tmp_path, skip, "fp32")
-    check = verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1)
+    check = verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT))
     assert [stage.name for stage in check.stages] == ["vision", "prefill", "decode"]
     assert max(stage.max_error for stage in check.stages) < 1e-4  # other summation orders only
     assert check.agreement == 1
@@ -61,7 +61,7 @@ def test_fp32_equals_torch_stage_by_stage(tmp_path: Path, skip: str) -> None:
 @pytest.mark.parametrize("skip", ["skip", "drop", "plain"])
 def test_lower_precision_stays_within_its_tolerance(tmp_path: Path, skip: str, precision: Precision) -> None:
     written = write(tmp_path, skip, precision)
-    check = verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1)
+    check = verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT))
     assert violations(check, precision) == []
 
 
@@ -70,7 +70,7 @@ def test_untied_head_is_exported(tmp_path: Path, precision: Precision) -> None:
     # All patches retained: in a model this small, int8 rounding turns which rows merge, and no head has a part in that.
     written = write(tmp_path, "all-retained", precision, tied=False)
     assert "decoder.head.weight.T" in written.weights.names
-    check = verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1)
+    check = verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT))
     assert violations(check, precision) == []
 
 
@@ -81,7 +81,7 @@ def test_a_tower_as_llava_has_it_is_exported(tmp_path: Path, skip: str, precisio
     assert {"vision.norm.weight", "vision.norm.bias"} <= written.weights.names
     ops = {node.op_type for node in written.graphs["vision"].graph.node}
     assert "Sigmoid" in ops
-    check = verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1)
+    check = verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT))
     assert violations(check, precision) == []
 
 
@@ -89,7 +89,9 @@ def test_a_wrong_weight_is_noticed(tmp_path: Path) -> None:
     written = write(tmp_path, "skip", "fp32")
     with torch.no_grad():
         written.model.get_parameter("decoder.layers.1.norm2.weight")[3] += 0.5
-    found = violations(verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1), "fp32")
+    found = violations(
+        verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT)), "fp32"
+    )
     assert any(clause.startswith("prefill: error") for clause in found)
     assert not any(clause.startswith("vision") for clause in found)
 
@@ -98,7 +100,9 @@ def test_a_number_that_is_none_is_noticed(tmp_path: Path) -> None:
     written = write(tmp_path, "skip", "fp32")
     with torch.no_grad():
         written.model.get_parameter("decoder.layers.1.norm2.weight")[3] = torch.nan
-    found = violations(verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1), "fp32")
+    found = violations(
+        verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT)), "fp32"
+    )
     assert any(clause.startswith("prefill: cosine") for clause in found)
 
 

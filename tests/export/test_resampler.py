@@ -23,7 +23,7 @@ from svcli_export.runtime import open_session
 from svcli_export.verify import verify, violations
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import WEIGHTS_FILE, WeightFile
-from tests.export.tiny import VOCAB, drawn, resampler_config
+from tests.export.tiny import VOCAB, asked, drawn, resampler_config
 
 PROMPT = [2, 5, 1, 6, 7, 3]
 SKIP = SkipConfig(num_retained=11, num_skipped=6, selector="first", num_unpooled=3)
@@ -57,7 +57,7 @@ def checked(config: ModelConfig, folder: Path, precision: Precision) -> list[str
         assert [node.name for node in proto.graph.node if not read & set(node.output)] == []
         stored |= {tensor.name for tensor in proto.graph.initializer if tensor.external_data}
     assert {name for name in weights.names if name.startswith("projector.")} <= stored
-    check = verify(model, contract, folder, pictures(), PROMPT, image_id=1)
+    check = verify(model, contract, folder, asked(model, pictures(), PROMPT))
     if precision == "fp32":
         assert max(stage.max_error for stage in check.stages) < 1e-4  # other summation orders only
     return violations(check, precision)

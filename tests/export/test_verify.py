@@ -17,10 +17,11 @@ from svcli_export.contract import Precision
 from svcli_export.runtime import open_session
 from svcli_export.verify import verify, violations
 from tests.export.test_graphs import PROMPT, Written, pictures, write
+from tests.export.tiny import asked
 
 
 def checked(written: Written) -> Any:
-    return verify(written.model, written.contract, written.folder, pictures(), PROMPT, image_id=1)
+    return verify(written.model, written.contract, written.folder, asked(written.model, pictures(), PROMPT))
 
 
 def test_one_session_is_open_at_a_time_and_pytorch_is_done_before(

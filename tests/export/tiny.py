@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from skipvision.checkpoint import save_checkpoint
 from skipvision.config import ModelConfig, ResamplerConfig, SkipConfig, TextConfig, TilesConfig, VisionConfig
+from skipvision.layout import TokenLayout
 from skipvision.model import SkipVisionModel
+from skipvision.tiles import cut_picture
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from svcli_export.verify import Sample
 
 VOCAB = 300
 IMAGE_SIZE = 28
@@ -120,3 +126,9 @@ def tiny_checkpoint(folder: Path, skip: SkipConfig | None = SKIP, *, tied: bool 
     tokenizer = train_tokenizer(["what is this? a red ball", "how many cats? three"], VOCAB)
     save_checkpoint(tiny_model(skip, tied=tied, clip=clip), folder, tokenizer.to_str(), CHAT_TEMPLATE)
     return folder
+
+
+def asked(model: SkipVisionModel, pixels: npt.NDArray[np.float32], prompt: Sequence[int]) -> list[Sample]:
+    """The ids `prompt` about each of `pixels` [N, 3, H, W], which are seen once; id 1 stands for the picture."""
+    cut = cut_picture(replace(model.config, tiles=None), *pixels.shape[2:])
+    return [Sample(each[None], cut, prompt, TokenLayout.of(prompt, 1, model.config)) for each in pixels]

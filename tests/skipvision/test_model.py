@@ -238,6 +238,7 @@ def test_a_plain_model_that_is_made_to_skip_takes_means_until_it_is_trained(dtyp
 def test_a_trained_summary_is_kept_when_the_setting_changes() -> None:
     model = tiny_model()
     other = model.with_skip(SkipConfig(3, 2))
-    assert other.summary is not None and model.summary is not None
+    assert other.summary is not None
+    assert model.summary is not None
     assert other.summary.score.weight.any()
     assert torch.equal(other.summary.score.weight, model.summary.score.weight)
