@@ -316,6 +316,45 @@ def loading() -> str:
     )
 
 
+def profile() -> str:
+    """What Skip-FFN rests on, layer by layer."""
+    found = result("profile")
+    header = (
+        *("layer", "FFN: text", "retained", "summary", "skipped"),
+        *("text looks at summaries", "last summary looks at skipped", "error, kept rows", "all rows"),
+        *("bound by gains", "by constants"),
+    )
+    rows = []
+    for layer in found["mean"]["layers"]:
+        errors, paid = layer["skip_ffn"], layer["attention_paid"]
+        rows.append(
+            [
+                str(layer["layer"]),
+                *(f"{layer['ffn_update'][group]['mean']:.2g}" for group in ("text", "retained", "summary", "skipped")),
+                percent(paid["text"]["group"]["summary"]),
+                percent(paid["summary"]["group"]["skipped"]),
+                *(percent(errors[name]) for name in ("relative_error_kept", "relative_error", "relative_bound_gains")),
+                f"{errors['relative_bound']:.2g}",
+            ]
+        )
+    last, next_token = found["mean"]["layers"][-1]["skip_ffn"], found["mean"]["next_token"]
+    count, skip = len(found["pictures"]), found["skip"]
+    calm = [
+        str(layer["layer"])
+        for layer in found["mean"]["layers"]
+        if layer["ffn_update"]["skipped"]["mean"] < layer["ffn_update"]["text"]["mean"]
+    ]
+    return (
+        f"{table(header, rows)}\n\n"
+        f"{found['model']}, {skip['num_retained']} retained and {skip['num_skipped']} skipped tokens, means of {count}"
+        f' pictures ({", ".join(found["pictures"])}), "{found["question"]}". The FFN changes skipped rows less than'
+        f" text in layers {', '.join(calm) or 'none'} of {len(rows)}. Behind the last layer the bound by gains is"
+        f" {last['relative_bound_gains'] / last['relative_error']:.2g} times the error, the one by constants"
+        f" {last['relative_bound'] / last['relative_error']:.1g} times. The next token is the same on"
+        f" {round(count * next_token['same'])} of {count}, KL {next_token['kl']:.1g} nats ({on_machine(found)})."
+    )
+
+
 def model() -> str:
     """Sizes, from the recipe."""
     config: ModelConfig = load_recipe(_RECIPE).model
@@ -357,6 +396,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu_engine": gpu_engine,
     "families": families,
     "loading": loading,
+    "profile": profile,
     "model": model,
     "vocabulary": vocabulary,
 }

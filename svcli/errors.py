@@ -41,6 +41,7 @@ _USERS_INPUT = frozenset(
         "NoBundleError",
         "NoCheckpointError",
         "NoModelError",
+        "ProfileError",
         "PromptError",
         "SamplingError",
         "UsageError",
@@ -49,6 +50,7 @@ _USERS_INPUT = frozenset(
 _LACKING = frozenset({"MachineError", "NoRoomError", "ProviderError"})
 _EXTRA_OF = {
     "huggingface_hub": "torch",
+    "matplotlib": "plots",
     "onnx": "torch",
     "onnx_ir": "torch",
     "onnxruntime": "cpu",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Literal
 
 from svcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from skipvision.presets import Setting
 
 
 def parse_counts(text: str) -> tuple[int, int]:
@@ -13,3 +17,23 @@ def parse_counts(text: str) -> tuple[int, int]:
     if counts is None:
         raise UsageError(f"--skip {text}: write RETAINED/SKIPPED, such as 64/64")
     return int(counts[1]), int(counts[2])
+
+
+def parse_setting(preset: str | None, skip: str | None) -> Setting | tuple[int, int] | Literal["off"] | None:
+    """What of both is given. Raises UsageError."""
+    if preset is None:
+        return parse_skip(skip)
+    from skipvision.presets import PRESETS
+
+    if skip is not None:
+        raise UsageError("--preset and --skip: name one of them")
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: choose among {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def parse_skip(text: str | None) -> tuple[int, int] | Literal["off"] | None:
+    """`64/64`, `off`, or None for what the source says."""
+    if text is None or text == "off":
+        return None if text is None else "off"
+    return parse_counts(text)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from svcli import ui
-from svcli.errors import UsageError
 from svcli.models import model_folder
 from svcli.remarks import remarks
-from svcli.skip_option import parse_counts
-
-if TYPE_CHECKING:
-    from skipvision.presets import Setting
+from svcli.skip_option import parse_setting
 
 
 class Precision(str, Enum):
@@ -122,23 +118,3 @@ def export(
 
 def _any_config(_text: str) -> None:
     """A config.json that whoever reads it judges."""
-
-
-def parse_setting(preset: str | None, skip: str | None) -> Setting | tuple[int, int] | Literal["off"] | None:
-    """What of both is given. Raises UsageError."""
-    if preset is None:
-        return parse_skip(skip)
-    from skipvision.presets import PRESETS
-
-    if skip is not None:
-        raise UsageError("--preset and --skip: name one of them")
-    if preset not in PRESETS:
-        raise UsageError(f"--preset {preset}: choose among {', '.join(PRESETS)}")
-    return PRESETS[preset]
-
-
-def parse_skip(text: str | None) -> tuple[int, int] | Literal["off"] | None:
-    """`64/64`, `off`, or None for what the source says."""
-    if text is None or text == "off":
-        return None if text is None else "off"
-    return parse_counts(text)
