@@ -171,7 +171,7 @@ def _settings(manifest: Manifest) -> list[tuple[str, str]]:
     skipping = "off"
     if skip is not None:
         seen_by = "the same image" if skip.visibility == "image" else "all later rows"
-        skipping = f"{skip.num_retained} retained by {skip.selector}, {skip.num_skipped} skipped, visible to {seen_by}"
+        skipping = f"{skip.num_retained} retained ({skip.selector}), {skip.num_skipped} skipped, visible to {seen_by}"
     return [
         ("vision", f"{vision.num_layers} layers of {vision.hidden_size}, {vision.num_patches} patches"),
         ("decoder", f"{text.num_layers} layers of {text.hidden_size}, {text.num_kv_heads} KV heads of {text.head_dim}"),
