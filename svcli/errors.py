@@ -35,6 +35,7 @@ _PACKAGES = ("skipvision", "svcli_export", "svcli_engines", "svcli")
 _USERS_INPUT = frozenset(
     {
         "BuildOptionError",
+        "ChatError",
         "ConfigError",
         "ContractError",
         "ImageError",

@@ -159,7 +159,7 @@ def test_a_second_question_begins_with_the_ids_that_are_cached(families: Callabl
     messages: list[Message] = []
     cached: list[int] = []
     for number, question in enumerate(["What is shown?", " Why? ", "And then?"]):
-        messages.append(Message("user", question, int(number == 0)))
+        messages.append(Message("user", question, int(number != 1)))
         ids = family.ours(messages)
         assert ids[: len(cached)] == cached
         said = [replace_ids(message) for message in messages]
