@@ -223,7 +223,7 @@ def save_published(published: Published, folder: Path) -> Any:
     else:
         pictures = their_pictures("smolvlm")(size={"longest_edge": 112}, max_image_size={"longest_edge": side})
         # What it would say numbers of frames with.
-        import_module("transformers.models.smolvlm.processing_smolvlm").num2words = str
+        setattr(import_module("transformers.models.smolvlm.processing_smolvlm"), "num2words", str)  # noqa: B010
         processor = _without_video(transformers.SmolVLMProcessor)(
             pictures, **common, video_processor=_NoVideos(), image_seq_len=16
         )

@@ -40,7 +40,7 @@ def saved(tmp_path: Path) -> Callable[[str], Path]:
     return save
 
 
-def change(path: Path, part: str = "", **values: Any) -> None:
+def change(path: Path, part: str = "", /, **values: Any) -> None:
     """Sets keys of a JSON file, or of the table `part` in it; None takes one away."""
     data = json.loads(path.read_text()) if path.exists() else {}
     table = data[part] if part else data

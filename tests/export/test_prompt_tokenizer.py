@@ -24,7 +24,7 @@ def test_a_text_that_goes_on_has_no_space_in_front(style: str) -> None:
     whole = prompts(sentencepiece(style))
     begun, behind = whole.ids("A red ball"), whole.ids(" lies there", begins=False)
     assert begun + behind == whole.ids("A red ball lies there")
-    assert not whole.tokenizer.id_to_token(whole.ids("lies", begins=False)[0]).startswith(SPACE)
+    assert SPACE not in str(whole.tokenizer.id_to_token(whole.ids("lies", begins=False)[0]))
 
 
 @pytest.mark.parametrize("style", STYLES)
