@@ -97,6 +97,8 @@ def read_source(
         known = read_known(folder, tower).config
         read = read_processing(processor or folder, known)
         asked = skip(known)
+        if read.config.tiles != known.tiles:
+            raise SourceError(f"{folder}: its processor cuts pictures into other tiles than its config.json says")
         model = load_published(folder, _stored_dtype(folder), progress, tower=tower, skip=asked)
         return Source(model, read.tokenizer, read.chat, read.image)
     model = load_checkpoint(folder)

@@ -69,11 +69,11 @@ def chat(
     answer, stats, stop_reason = "", None, "interrupted"
     with ui.ChatView(quiet=quiet or as_json) as view:
         view.wait("looking...")
-        pictures = [open_image(Path(path)) for path in images]
-        notes = [note for picture in pictures for note in picture.notes]
-        view.note(*notes)
         bundle = model or bundled_model()
         manifest = load_manifest(bundle, quick=True)
+        pictures = [open_image(Path(path), manifest.image.transparency) for path in images]
+        notes = [note for picture in pictures for note in picture.notes]
+        view.note(*notes)
         notes += remarks(manifest.config)
         view.note(*remarks(manifest.config))
         processor = Processor(bundle, manifest)

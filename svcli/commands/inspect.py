@@ -114,17 +114,22 @@ def facts(summary: BundleSummary) -> dict[str, Any]:
 
 
 def _rows_per_image(manifest: Manifest) -> dict[str, int]:
-    from skipvision.layout import ImageSpan
+    """Of the largest, where pictures are seen in tiles."""
+    from skipvision.layout import largest_spans
+    from skipvision.tiles import most_tokens
 
-    tokens, span = manifest.config.num_tokens, ImageSpan.of(manifest.config)
-    return {"tokens": tokens, "attention": span.length, "feed_forward": span.num_kept, "kv_cache": span.num_kept}
+    spans = largest_spans(manifest.config)
+    kept = sum(span.num_kept for span in spans)
+    attending = sum(span.length for span in spans)
+    return {"tokens": most_tokens(manifest.config), "attention": attending, "feed_forward": kept, "kv_cache": kept}
 
 
 def _render(folder: Path, summary: BundleSummary) -> None:
     manifest, contract, check = summary.manifest, summary.manifest.contract, summary.manifest.check
     rows, full, reduced = _rows_per_image(manifest), summary.kv_full, summary.kv_reduced
     ui.pairs(str(folder), _settings(manifest))
-    ui.table("Rows of one image", ("tokens", "attention", "feed-forward", "KV cache"), [list(map(str, rows.values()))])
+    title = "Rows of one image" if manifest.config.tiles is None else "Rows of the largest image, in tiles"
+    ui.table(title, ("tokens", "attention", "feed-forward", "KV cache"), [list(map(str, rows.values()))])
     image_bytes = [ui.size(rows[stage] * contract.kv_bytes_per_row) for stage in ("tokens", "kv_cache")]
     shapes = [f"2 x [1, {contract.num_kv_heads}, {kv.rows}, {contract.head_dim}]" for kv in (full, reduced)]
     ui.table(

@@ -63,15 +63,15 @@ def profile(
     from svcli_export.samples import setting_of
     from svcli_export.source import read_source
 
-    pictures = [open_image(path) for path in images]
-    folder = model_folder(model)
-    for picture in pictures:
-        for note in picture.notes:
+    for path in images:  # before a large model is read
+        for note in open_image(path).notes:
             ui.note(note)
+    folder = model_folder(model)
     with ui.Progress() as progress:
+        source = read_source(folder, partial(setting_of, asked=asked))
         found = measure_pictures(
-            read_source(folder, partial(setting_of, asked=asked)),
-            [picture.image for picture in pictures],
+            source,
+            [open_image(path, source.image.transparency).image for path in images],
             question,
             asked,
             lambda done, total: progress.update("measuring pictures", done, total),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from svcli_engines.base import Engine
     from svcli_engines.compare import Comparison, Layer, Opener, Stage, Verification
+    from svcli_export.manifest import Transparency
     from svcli_export.agreement import Difference
     from svcli_export.manifest import Manifest
 
@@ -63,7 +64,7 @@ def verify(
 
     folder = bundle or bundled_model()
     manifest = load_manifest(folder)
-    pictures = open_pictures(images or [])
+    pictures = open_pictures(images or [], manifest.image.transparency)
     candidates = openers(folder, manifest, names, checkpoint)
     with ui.Progress() as progress:
         outcome = verify_engines(
@@ -102,7 +103,7 @@ def parse_engines(text: str | None) -> list[str] | None:
     return names
 
 
-def open_pictures(paths: list[Path]) -> dict[str, Image.Image]:
+def open_pictures(paths: list[Path], transparency: Transparency = "white") -> dict[str, Image.Image]:
     """RGB pictures by name: those at `paths`, else the examples of a checkout, else test cards."""
     from svcli_engines.images import open_image
     from svcli_export.agreement import drawn_cards
@@ -113,7 +114,7 @@ def open_pictures(paths: list[Path]) -> dict[str, Image.Image]:
         files = _files(_EXAMPLES)
     if not files:
         return {f"test card {number}": card for number, card in enumerate(drawn_cards(), start=1)}
-    return {str(file): open_image(file).image for file in files}
+    return {str(file): open_image(file, transparency).image for file in files}
 
 
 def _files(path: Path) -> list[Path]:
