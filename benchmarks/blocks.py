@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import RESULTS
-from skipvision.config import ModelConfig
+from skipvision.config import ConfigError, ModelConfig
 from skipvision.data.kinds import KINDS
 from skipvision.data.names import COLOURS, SHAPES
 from skipvision.families import FAMILIES, KNOWN_MODELS
 from skipvision.layout import ImageSpan
+from skipvision.presets import PRESETS, Setting
 from skipvision.recipe import load_recipe
 
 _RECIPE = Path(__file__).parents[1] / "recipes" / "skipvision-tiny.toml"
@@ -299,10 +302,23 @@ def _on_gpu(found: Any) -> str:
 def families() -> str:
     """What is known of the models that people have, a row for each family."""
     rows = []
-    for kind, family in FAMILIES.items():
-        named = sum(known.family is family for known in KNOWN_MODELS.values())
-        rows.append([family.name, f"`{kind}`", family.sees, f"{named}"])
-    return table(["family", "`model_type`", "a picture is seen", "known by name"], rows)
+    for family in dict.fromkeys(FAMILIES.values()):
+        kinds = ", ".join(f"`{kind}`" for kind, each in FAMILIES.items() if each is family)
+        models = {name: known for name, known in KNOWN_MODELS.items() if known.family is family}
+        # What LLaVA's own code saves is LLaVA-1.5 under other names.
+        config = next(iter(models.values()), KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"]).config
+        fitting = [f"`{name}`" for name, setting in PRESETS.items() if _fits(setting, config)]
+        ranked = f"`{config.skip_of(1, 1).selector}`"
+        names = ", ".join(name.rpartition("/")[2] for name in models)
+        rows.append([family.name, kinds, family.sees, ranked, ", ".join(fitting) or "none", names or "none"])
+    return table(["family", "`model_type`", "a picture is seen", "ranked by", "presets", "known by name"], rows)
+
+
+def _fits(setting: Setting, config: ModelConfig) -> bool:
+    with suppress(ConfigError):
+        replace(config, skip=setting.skip_config(config))
+        return True
+    return False
 
 
 def loading() -> str:
@@ -313,6 +329,45 @@ def loading() -> str:
         f"A checkpoint in the shape of {found['model']}, {found['parameters']:,} weights in fp16, takes"
         f" {seconds(found['load_seconds'])} to load. The process then has {gib['loaded_bytes']} of memory at most, and"
         f" {gib['read_bytes']} once every weight has been read ({on_machine(found)})."
+    )
+
+
+def profile() -> str:
+    """What Skip-FFN rests on, layer by layer."""
+    found = result("profile")
+    header = (
+        *("layer", "FFN: text", "retained", "summary", "skipped"),
+        *("text looks at summaries", "last summary looks at skipped", "error, kept rows", "all rows"),
+        *("bound by gains", "by constants"),
+    )
+    rows = []
+    for layer in found["mean"]["layers"]:
+        errors, paid = layer["skip_ffn"], layer["attention_paid"]
+        rows.append(
+            [
+                str(layer["layer"]),
+                *(f"{layer['ffn_update'][group]['mean']:.2g}" for group in ("text", "retained", "summary", "skipped")),
+                percent(paid["text"]["group"]["summary"]),
+                percent(paid["summary"]["group"]["skipped"]),
+                *(percent(errors[name]) for name in ("relative_error_kept", "relative_error", "relative_bound_gains")),
+                f"{errors['relative_bound']:.2g}",
+            ]
+        )
+    last, next_token = found["mean"]["layers"][-1]["skip_ffn"], found["mean"]["next_token"]
+    count, skip = len(found["pictures"]), found["skip"]
+    calm = [
+        str(layer["layer"])
+        for layer in found["mean"]["layers"]
+        if layer["ffn_update"]["skipped"]["mean"] < layer["ffn_update"]["text"]["mean"]
+    ]
+    return (
+        f"{table(header, rows)}\n\n"
+        f"{found['model']}, {skip['num_retained']} retained and {skip['num_skipped']} skipped tokens, means of {count}"
+        f' pictures ({", ".join(found["pictures"])}), "{found["question"]}". The FFN changes skipped rows less than'
+        f" text in layers {', '.join(calm) or 'none'} of {len(rows)}. Behind the last layer the bound by gains is"
+        f" {last['relative_bound_gains'] / last['relative_error']:.2g} times the error, the one by constants"
+        f" {last['relative_bound'] / last['relative_error']:.1g} times. The next token is the same on"
+        f" {round(count * next_token['same'])} of {count}, KL {next_token['kl']:.1g} nats ({on_machine(found)})."
     )
 
 
@@ -357,6 +412,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu_engine": gpu_engine,
     "families": families,
     "loading": loading,
+    "profile": profile,
     "model": model,
     "vocabulary": vocabulary,
 }

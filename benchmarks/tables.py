@@ -21,6 +21,7 @@ DOCUMENTS = tuple(
         "benchmarks/README.md",
         "docs/models.md",
         "docs/plugins.md",
+        "docs/profile.md",
         "models/skipvision-tiny/README.md",
     )
 )

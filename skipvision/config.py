@@ -330,7 +330,9 @@ class ModelConfig:
         selector: Selector = "cls_attention" if self.vision.has_cls else "received_attention"
         if num_retained in self.leading_parts or self.resampler is not None:
             selector = "first"
-        return SkipConfig(num_retained, num_skipped, selector, "all")
+        # Of a resampler, the first summary leaves the coarsest scale out, unless nothing else is retained.
+        coarsest = self.leading_parts[0] if self.resampler is not None else 0
+        return SkipConfig(num_retained, num_skipped, selector, "all", coarsest if coarsest < num_retained else 0)
 
     @property
     def num_tokens(self) -> int:

@@ -86,14 +86,17 @@ class SkipVisionModel(nn.Module):
             config, skip=skip, skip_trained=skip is None or (config.skip is not None and config.skip_trained)
         )
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """[I, 3, H, W] to visual rows [I, V, D] in attention order: retained, summary, skipped, summary."""
-        return self.visual_rows(*self._see(pixels))
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[I, 3, H, W] to visual rows [I, V, D] in attention order: retained, summary, skipped, summary.
 
-    def encode_picture(self, pixels: Tensor, cut: Cut) -> Tensor:
+        `generator` is what the random selector draws from.
+        """
+        return self.visual_rows(*self._see(pixels), generator)
+
+    def encode_picture(self, pixels: Tensor, cut: Cut, generator: torch.Generator | None = None) -> Tensor:
         """All views of one picture [I, 3, H, W] to visual rows: [1, V, D] where they are joined, else [I, V, D]."""
         if self.newline is None:
-            return self.encode_images(pixels)
+            return self.encode_images(pixels, generator)
         features, attention = self._see(pixels)
         tokens = self.projector(features)
         pieces = mosaic(self.config, cut)
@@ -104,7 +107,7 @@ class SkipVisionModel(nn.Module):
         # A newline is attended to by nothing.
         paid = torch.cat([self._token_attention(attention).flatten(), attention.new_zeros(1)])
         scores = (paid[index] * weight.to(paid)).sum(0)
-        return self.split(rows[None], scores[None])
+        return self.split(rows[None], scores[None], generator)
 
     def _see(self, pixels: Tensor) -> VisionOutput:
         skip = self.config.skip

@@ -15,6 +15,7 @@ from svcli.commands.doctor import doctor
 from svcli.commands.export import export
 from svcli.commands.inspect import inspect
 from svcli.commands.new import new
+from svcli.commands.profile import profile
 from svcli.commands.train import train
 from svcli.commands.verify import verify
 from svcli.errors import reported
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, inspect, cost, verify, doctor, export, build_engine, train, new):
+for command in (chat, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
 data = typer.Typer(help="The art, fonts and words that training pictures are made of.")
 data.command()(reported(fetch))
@@ -55,6 +56,6 @@ def main(
             [
                 ('svcli chat PICTURE "what is this?"', "an answer, word by word"),
                 ("svcli inspect", "what the bundled model is made of"),
-                ("svcli --help", "everything else: cost, verify, doctor, export, build-engine, train, new, data"),
+                ("svcli --help", "the rest: cost, profile, verify, doctor, export, build-engine, train, new, data"),
             ],
         )

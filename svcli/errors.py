@@ -35,12 +35,14 @@ _PACKAGES = ("skipvision", "svcli_export", "svcli_engines", "svcli")
 _USERS_INPUT = frozenset(
     {
         "BuildOptionError",
+        "ChatError",
         "ConfigError",
         "ContractError",
         "ImageError",
         "NoBundleError",
         "NoCheckpointError",
         "NoModelError",
+        "ProfileError",
         "PromptError",
         "SamplingError",
         "UsageError",
@@ -49,6 +51,7 @@ _USERS_INPUT = frozenset(
 _LACKING = frozenset({"MachineError", "NoRoomError", "ProviderError"})
 _EXTRA_OF = {
     "huggingface_hub": "torch",
+    "matplotlib": "plots",
     "onnx": "torch",
     "onnx_ir": "torch",
     "onnxruntime": "cpu",

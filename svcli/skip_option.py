@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from skipvision.presets import Setting
 
 
+def parse_counts(text: str) -> tuple[int, int]:
+    """Retained and skipped tokens of `64/64`. Raises UsageError."""
+    counts = re.fullmatch(r"(\d+)/(\d+)", text)
+    if counts is None:
+        raise UsageError(f"--skip {text}: write RETAINED/SKIPPED, such as 64/64")
+    return int(counts[1]), int(counts[2])
+
+
 def parse_setting(preset: str | None, skip: str | None) -> Setting | tuple[int, int] | Literal["off"] | None:
     """What of both is given. Raises UsageError."""
     if preset is None:
@@ -29,11 +37,3 @@ def parse_skip(text: str | None) -> tuple[int, int] | Literal["off"] | None:
     if text is None or text == "off":
         return None if text is None else "off"
     return parse_counts(text)
-
-
-def parse_counts(text: str) -> tuple[int, int]:
-    """Retained and skipped tokens of `64/64`. Raises UsageError."""
-    counts = re.fullmatch(r"(\d+)/(\d+)", text)
-    if counts is None:
-        raise UsageError(f"--skip {text}: write RETAINED/SKIPPED, such as 64/64")
-    return int(counts[1]), int(counts[2])

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from svcli_export.manifest import Transparency
+
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 64 * 2**20
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -33,8 +35,8 @@ class LoadedImage:
     """What the user should know, such as frames that were left out."""
 
 
-def open_image(source: Path | str | bytes) -> LoadedImage:
-    """Reads a picture from a file or from its bytes. Transparent parts become white.
+def open_image(source: Path | str | bytes, transparency: Transparency = "white") -> LoadedImage:
+    """Reads a picture from a file or from its bytes. `transparency` is what the model wants behind transparent parts.
 
     Raises ImageError for what is missing, too large, damaged or no picture.
     """
@@ -47,7 +49,7 @@ def open_image(source: Path | str | bytes) -> LoadedImage:
     with warnings.catch_warnings():
         # Its size is checked here, by our own limit; other warnings are about metadata that nothing reads.
         warnings.simplefilter("ignore")
-        return _decode(name, data)
+        return _decode(name, data, transparency)
 
 
 def _read(path: Path) -> bytes:
@@ -62,7 +64,7 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _decode(name: str, data: bytes) -> LoadedImage:
+def _decode(name: str, data: bytes, transparency: Transparency) -> LoadedImage:
     too_large = ImageError(f"{name}: more than {MAX_PIXELS // 1_000_000} megapixels")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -80,17 +82,17 @@ def _decode(name: str, data: bytes) -> LoadedImage:
         image.seek(0)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        rgb = _to_rgb(upright)
+        rgb = _to_rgb(upright, transparency)
     except _DAMAGED as error:
         raise ImageError(f"{name}: damaged ({error})") from None
     return LoadedImage(rgb, (f"{name} has several frames; only the first is looked at",) if frames else ())
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip to 255 instead of scaling
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+    if transparency == "white" and image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")

@@ -63,16 +63,18 @@ TOLERANCES: dict[str, Tolerance] = {
     "fp16": Tolerance(0.02, 0.9995, 0.95, norm_ratio=0.01, agreement=0.9, same_row=0.99, vision_agreement=0.94),
     "bf16": Tolerance(0.25, 0.98, 0.9, norm_ratio=0.05, agreement=0.75, same_row=0.98, vision_agreement=0.9),
     "int8": Tolerance(0.25, 0.98, 0.9, norm_ratio=0.05, agreement=0.75, same_row=0.95, vision_agreement=0.94),
-    "int4": Tolerance(0.06, 0.998, 0.9, norm_ratio=0.03, agreement=0.75, same_row=0.95, vision_agreement=0.94),
+    "int4": Tolerance(0.08, 0.998, 0.9, norm_ratio=0.03, agreement=0.75, same_row=0.95, vision_agreement=0.94),
 }
 # int4 is held against PyTorch with the rounded weights, so that what is left is ONNX Runtime's 8 bit activations:
-# 0.023, 0.9997 and 0.012 are the worst of tiny random models, of one as large as 0.5B and of the trained default.
+# 0.038, 0.9996, 0.013 and 94 % of tokens are the worst of tiny random models, of random ones of 0.5B and 7B, and of the
+# trained default, row by row.
 
 ROUNDED: dict[str, Tolerance] = {
-    "int4": Tolerance(0.5, 0.85, 0.9, norm_ratio=0.15, agreement=0.6, same_row=0.95, vision_agreement=0.94),
+    "int4": Tolerance(0.5, 0.9, 0.9, norm_ratio=0.2, agreement=0.5, same_row=0.95, vision_agreement=0.94),
 }
-"""Against PyTorch with the weights as they were before rounding, where that is more than TOLERANCES. 4 bits move a
-weight by 8 %, and what comes of that is the model's own: see the measured ones in export/README.md."""
+"""Against PyTorch with the weights before rounding, where that is more than TOLERANCES. 4 bits move weights by 8 %, and
+what comes of that is the model's own: 0.38, 0.92, 0.17 and 54 % of tokens are the worst of tiny random models, row by
+row; 0.10, 0.989, 0.06 and 100 % of the trained default."""
 
 
 def tolerance(precision: str, *, same_weights: bool) -> Tolerance:

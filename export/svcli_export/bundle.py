@@ -11,19 +11,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 from PIL import Image
 
 import skipvision
-from skipvision.config import ModelConfig, SkipConfig
+from skipvision.config import ModelConfig
 from skipvision.folders import write_directory
-from skipvision.layout import TokenLayout, picture_spans
 from skipvision.model import SkipVisionModel
-from skipvision.presets import Setting
 from svcli_export.agreement import CHECK_QUESTION, NUM_TOKENS, drawn_cards
-from svcli_export.chat import ChatTokenizer, Message
+from svcli_export.chat import ChatTokenizer
 from svcli_export.contract import CUSTOM_DOMAIN, Contract, GraphName, Precision, build_contract
 from svcli_export.decoder_graphs import decode_graph, prefill_graph
 from svcli_export.manifest import (
@@ -35,19 +33,15 @@ from svcli_export.manifest import (
     file_entry,
     required_files,
 )
-from svcli_export.pixels import to_views
 from svcli_export.quantize import stored_tensors
+from svcli_export.samples import Skip, sample_of, setting_of
 from svcli_export.source import Source, read_source
-from svcli_export.verify import Sample, verify, violations
+from svcli_export.verify import verify, violations
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import WEIGHTS_FILE, WeightFile
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the export that is done before it."""
-
-Skip = SkipConfig | Setting | tuple[int, int] | Literal["off"]
-"""A skip setting: whole, one of the paper's, retained and skipped tokens alone with all else as it was trained, or the
-plain model."""
 
 _GRAPHS = (vision_graph, prefill_graph, decode_graph)
 
@@ -90,7 +84,7 @@ def export_bundle(
     if isinstance(source, Source):
         origin = source
     else:
-        reading = partial(_setting, asked=skip)
+        reading = partial(setting_of, asked=skip)
         origin = read_source(
             source, reading, lambda what, share: progress(what, 0.1 * share), tower=tower, processor=processor
         )
@@ -141,20 +135,11 @@ def _link(old: str | Path, new: str | Path) -> None:
 
 def _with_skip(model: SkipVisionModel, skip: Skip | None) -> SkipVisionModel:
     """The model with another skip setting: the same weights, but for the summary layer that the plain model lacks."""
-    asked = _setting(model.config, skip)
+    asked = setting_of(model.config, skip)
     override = None if asked == "off" else asked
     if override is not None and override.selector == "random":
         raise ExportError("skip.selector random draws anew at each call; export with another selector")
     return model if override == model.config.skip else model.with_skip(override)
-
-
-def _setting(config: ModelConfig, asked: Skip | None) -> SkipConfig | Literal["off"] | None:
-    """None where nothing is said, by nobody."""
-    if isinstance(asked, tuple):
-        return config.skip_of(*asked)
-    if isinstance(asked, Setting):
-        return asked.skip_config(config)
-    return config.skip if asked is None else asked
 
 
 def _checked_manifest(
@@ -167,7 +152,7 @@ def _checked_manifest(
     progress: Progress,
 ) -> Manifest:
     tokenizer = ChatTokenizer.load(folder, origin.chat.template, origin.chat.published)
-    samples = [_sample(image, origin, model.config, tokenizer) for image in images]
+    samples = [sample_of(image, CHECK_QUESTION, model.config, tokenizer, origin.image, origin.chat) for image in images]
     rows = max(sample.layout.num_kept for sample in samples) + NUM_TOKENS
     if rows > contract.capacity:
         wanted = contract.max_context + rows - contract.capacity
@@ -194,15 +179,6 @@ def _checked_manifest(
         },
         check=check,
     )
-
-
-def _sample(image: Image.Image, origin: Source, config: ModelConfig, tokenizer: ChatTokenizer) -> Sample:
-    views = to_views(image, origin.image, config)
-    prompt = tokenizer.encode([Message("user", CHECK_QUESTION, images=1)], [views.cut])
-    spans = picture_spans(config, views.cut)
-    if (found := prompt.count(origin.chat.image_id)) != len(spans):
-        raise ExportError(f"the chat template writes {found} placeholders for one picture, not {len(spans)}")
-    return Sample(views.pixels, views.cut, prompt, TokenLayout.of(prompt, origin.chat.image_id, config, spans))
 
 
 def _count_ops(graph: onnx.ModelProto) -> GraphOps:

@@ -19,6 +19,8 @@ Floats = npt.NDArray[np.float32]
 _MOST_PIXELS = 1 << 27
 """Of a picture on the way to a square; a thread of one, padded or with its short side resized, would be gigabytes."""
 
+_REACH = 5
+
 
 @dataclass(frozen=True)
 class Views:
@@ -83,7 +85,12 @@ def _middle(image: Image.Image, processing: ImageProcessing) -> Image.Image:
         return _resized(image, processing, width, height).crop((left, top, left + side, top + side))
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + side) * across, (top + side) * down)
-    return image.resize((side, side), _filter(processing), box)
+    # Such a picture is made larger, so that a filter reaches no farther than a few pixels.
+    x, y = max(0, int(box[0]) - _REACH), max(0, int(box[1]) - _REACH)
+    near = image.crop((x, y, min(image.width, int(box[2]) + _REACH), min(image.height, int(box[3]) + _REACH)))
+    # Pillow goes along the lines first, where it resizes whole pictures.
+    lines = near.resize((side, near.height), _filter(processing), (box[0] - x, 0, box[2] - x, near.height))
+    return lines.resize((side, side), _filter(processing), (0, box[1] - y, side, box[3] - y))
 
 
 def _inside(image: Image.Image, processing: ImageProcessing, width: int, height: int) -> Image.Image:

@@ -105,10 +105,7 @@ def _image_token(
     number = model.get("image_token_id", model.get("image_token_index"))
     if type(number) is not int:
         raise ProcessingError(f"{folder / 'config.json'}: names no image_token_id")
-    named = tokenizer.settings.get("extra_special_tokens")
-    given = named.get("image_token") if isinstance(named, dict) else None
-    token = tokenizer.settings.get("image_token", given) or processor.get("image_token") or "<image>"
-    token = str(token["content"] if isinstance(token, dict) else token)
+    token = tokenizer.variables.get("image_token") or processor.get("image_token") or "<image>"
     if tokenizer.tokenizer.encode(token, add_special_tokens=False).ids != [number]:
         raise ProcessingError(
             f"{folder}: its processor writes {token} for a picture, which in its tokenizer is not the id {number} that"

@@ -42,7 +42,7 @@ class PromptTokenizer:
         self._bos = bos
         self._first = self._added_in_front()
 
-    def ids(self, text: str, written: Sequence[Span], begins: bool = True) -> list[int]:
+    def ids(self, text: str, written: Sequence[Span] = (), begins: bool = True) -> list[int]:
         """Of a text with what people wrote at `written`, in order. Where it does not begin the conversation, nothing
         is put in front, neither a space nor a token."""
         has_bos = self._bos is not None and text.startswith(self._bos)

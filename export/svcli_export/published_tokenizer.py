@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer
 from svcli_export.manifest import TOKENIZER_FILE
 from svcli_export.published_files import ProcessingError, read_object, read_text
 
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TABLES = ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens")
+"""Of names and tokens, or of tokens alone."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -53,8 +54,7 @@ def read_tokenizer(folder: Path) -> PublishedTokenizer:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ProcessingError(f"{folder / TOKENIZER_FILE}: broken ({error}); download it again") from None
-    variables = {name: _content(settings[name]) for name in _NAMES if settings.get(name) is not None}
-    return PublishedTokenizer(tokenizer, whole, settings, variables)
+    return PublishedTokenizer(tokenizer, whole, settings, dict(_named(settings)))
 
 
 def _added(folder: Path, settings: Mapping[str, Any]) -> Iterator[AddedToken]:
@@ -68,14 +68,20 @@ def _added(folder: Path, settings: Mapping[str, Any]) -> Iterator[AddedToken]:
         yield AddedToken(content, normalized=content not in special, special=content in special)
 
 
+def _named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Special tokens with a name."""
+    for table in (settings, *(settings.get(name) for name in _TABLES)):
+        for name, token in table.items() if isinstance(table, dict) else ():
+            if table is not settings or (name.endswith("_token") and isinstance(token, str | dict)):
+                yield name, _content(token)
+
+
 def _special(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Tokens that have a name, and those that are special without one."""
-    for name, value in settings.items():
-        if name.endswith("_token") and isinstance(value, str | dict):
-            yield _content(value)
-    for name in ("extra_special_tokens", "additional_special_tokens"):
-        more = settings.get(name) or ()
-        yield from map(_content, more.values() if isinstance(more, dict) else more)
+    """All special tokens that the settings list."""
+    yield from (token for _, token in _named(settings))
+    for name in _TABLES:
+        listed = settings.get(name)
+        yield from map(_content, listed if isinstance(listed, list) else ())
 
 
 def _has(tokenizer: Tokenizer, token: AddedToken) -> bool:

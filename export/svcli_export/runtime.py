@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +24,8 @@ Provider = Literal["cpu", "cuda"]
 _AT_ONCE = 4
 """Views, which bounds what the encoder's attention takes: a view of 1,024 patches has 12 million scores."""
 _ERRORS_ONLY = 3
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of malloc.h."""
 _FUSES_INT8 = (1, 24)
 """ONNX Runtime 1.23, the last for Python 3.10, has no 8 bit kernel for one scale per channel."""
 
@@ -36,6 +41,7 @@ def open_session(
     else, as the CPU computes in fp32, ONNX Runtime makes all of them fp32 while loading, twice as large as the file.
 
     Raises ProviderError for `cuda` where it cannot be had, or a graph that this ONNX Runtime cannot open."""
+    _give_memory_back()
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
@@ -86,6 +92,17 @@ def run_vision(
         return np.asarray(visual)
     parts = [pixels[first : first + _AT_ONCE] for first in range(0, len(pixels), _AT_ONCE)]
     return np.concatenate([np.asarray(session.run(["visual"], {"pixels": part})[0]) for part in parts])
+
+
+@cache
+def _give_memory_back() -> None:
+    """Lets glibc map what is larger than 1 MiB on its own, so that it goes back to the system when it is freed.
+
+    By default glibc keeps blocks of up to 32 MiB for later. ONNX Runtime packs weights twice while loading, and the
+    copies that it frees would stay: half of what a process holds behind int4 weights of a large model.
+    """
+    with suppress(AttributeError, OSError):  # a C library of another kind
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _version() -> tuple[int, int]:

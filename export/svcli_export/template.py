@@ -114,14 +114,11 @@ class PublishedTemplate:
             raise ChatError(f"the model's chat template writes {found} places for {num_images} pictures")
         if self._prompt.tags and len(cuts) != num_images:
             raise ValueError(f"{len(cuts)} cuts of {num_images} pictures")
-        left, text, written = iter(cuts), "", {}
+        places = iter([_tagged(cut, token) for cut in cuts] if self._prompt.tags else [])
+        text, written = "", {}
         for number, piece in enumerate(pieces):
             if number % 3 == 0:
-                text += (
-                    re.sub(re.escape(token), lambda _: _tagged(next(left), token), piece)
-                    if self._prompt.tags
-                    else piece
-                )
+                text += re.sub(re.escape(token), lambda _: next(places, token), piece)
             elif number % 3 == 2:
                 written[int(pieces[number - 1])] = (len(text), len(text) + len(piece))
                 text += piece

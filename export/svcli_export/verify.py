@@ -17,9 +17,8 @@ from onnxruntime import InferenceSession
 
 from skipvision.config import ModelConfig
 from skipvision.decoder import KVCache
-from skipvision.layout import BatchLayout, TokenLayout, read_ids
+from skipvision.layout import BatchLayout, read_ids
 from skipvision.model import BatchTensors, SkipVisionModel
-from skipvision.tiles import Cut
 from svcli_export.agreement import (
     MOST_ROUNDED,
     NUM_TOKENS,
@@ -38,6 +37,7 @@ from svcli_export.manifest import ExportCheck, RowCheck, StageCheck
 from svcli_export.reference import computing_in_fp32, own_weights
 from svcli_export.restore import EMBEDDING, HEAD, StoredWeights
 from svcli_export.runtime import open_session, run_vision
+from svcli_export.samples import Sample
 from svcli_export.weights import WEIGHTS_FILE
 
 Floats = npt.NDArray[Any]
@@ -96,17 +96,6 @@ class _Expected:
     def tokens(self) -> list[int]:
         """The likeliest of each."""
         return [int(each.argmax()) for each in self.logits]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture and a question about it."""
-
-    pixels: Floats
-    """[I, 3, H, W], its views."""
-    cut: Cut
-    prompt: Sequence[int]
-    layout: TokenLayout
 
 
 def verify(model: SkipVisionModel, contract: Contract, folder: Path, samples: Sequence[Sample]) -> ExportCheck:

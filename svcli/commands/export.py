@@ -111,6 +111,8 @@ def export(
     ui.note(
         f"{check.agreement:.1%} of {check.num_tokens} greedy tokens agree with PyTorch on {check.num_pictures} pictures"
     )
+    if check.weight_error is not None:
+        ui.note(f"rounding to 4 bits moved the weights by {check.weight_error:.1%} at most")
     for remark in remarks(manifest.config):
         ui.note(remark)
     ui.show(str(output))

@@ -145,8 +145,11 @@ def _render(folder: Path, summary: BundleSummary) -> None:
         ("file", "bytes", "sha256", ""),
         [(name, f"{entry.size:,}", entry.sha256[:16], summary.file_problems.get(name, "ok")) for name, entry in files],
     )
+    against = "Against PyTorch"
+    if check.weight_error is not None:
+        against += f" with the rounded weights, {check.weight_error:.1%} off at most"
     ui.table(
-        f"Against PyTorch, on {check.num_pictures} pictures: {check.agreement:.1%} of {check.num_tokens} tokens agree",
+        f"{against}, on {check.num_pictures} pictures: {check.agreement:.1%} of {check.num_tokens} tokens agree",
         ("stage", "max rel. error", "cosine", "norm ratio"),
         [
             (stage.name, f"{stage.max_error:.2g}", f"{stage.cosine:.6f}", f"{stage.norm_ratio:.6f}")
@@ -168,7 +171,7 @@ def _settings(manifest: Manifest) -> list[tuple[str, str]]:
     skipping = "off"
     if skip is not None:
         seen_by = "the same image" if skip.visibility == "image" else "all later rows"
-        skipping = f"{skip.num_retained} retained by {skip.selector}, {skip.num_skipped} skipped, visible to {seen_by}"
+        skipping = f"{skip.num_retained} retained ({skip.selector}), {skip.num_skipped} skipped, visible to {seen_by}"
     return [
         ("vision", f"{vision.num_layers} layers of {vision.hidden_size}, {vision.num_patches} patches"),
         ("decoder", f"{text.num_layers} layers of {text.hidden_size}, {text.num_kv_heads} KV heads of {text.head_dim}"),

@@ -24,7 +24,14 @@ def test_what_the_user_gave_is_2_and_what_failed_is_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("onnxruntime", "cpu"), ("torch.nn", "torch"), ("onnx", "torch"), ("resvg_py", "data")]
+    ("module", "extra"),
+    [
+        ("onnxruntime", "cpu"),
+        ("torch.nn", "torch"),
+        ("onnx", "torch"),
+        ("resvg_py", "data"),
+        ("matplotlib.figure", "plots"),
+    ],
 )
 def test_a_missing_extra_comes_with_its_install_command(module: str, extra: str) -> None:
     sentence, code = explain(ModuleNotFoundError(f"No module named {module!r}", name=module))

@@ -19,6 +19,7 @@ HEAVY = {
     "httpx",
     "huggingface_hub",
     "jinja2",
+    "matplotlib",
     "numpy",
     "onnx",
     "onnxruntime",
@@ -26,7 +27,7 @@ HEAVY = {
     "tokenizers",
     "torch",
 }
-COMMANDS = ("chat", "inspect", "cost", "verify", "doctor", "export", "build-engine", "train", "new", "data")
+COMMANDS = ("chat", "inspect", "cost", "profile", "verify", "doctor", "export", "build-engine", "train", "new", "data")
 
 
 # typer itself loads pydantic for everything but the main help.

@@ -45,6 +45,12 @@ def test_it_verifies_on_its_own_weights_and_on_those_of_its_checkpoint(
     assert own[1]["max_error"] < before[1]["max_error"]  # which is what rounding does
 
 
+def test_inspect_says_what_was_compared(int4_bundle: Path) -> None:
+    shown = " ".join(svcli("inspect", int4_bundle).stdout.split())
+    error = json.loads((int4_bundle / "manifest.json").read_text())["check"]["weight_error"]
+    assert f"Against PyTorch with the rounded weights, {error:.1%} off at most, on 3 pictures" in shown
+
+
 def test_it_is_exported_again(int4_bundle: Path, tmp_path: Path) -> None:
     svcli("export", int4_bundle, "-o", tmp_path / "again", "--precision", "fp32")
     assert json.loads(svcli("inspect", tmp_path / "again", "--json").stdout)["file_problems"] == {}

@@ -13,6 +13,7 @@ from skipvision.checkpoint import save_checkpoint
 from skipvision.config import SkipConfig
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from svcli.app import app
+from svcli_export.manifest import load_manifest
 from tests.cli.conftest import ROOT, SENTENCES
 from tests.export.tiny import VOCAB, drawn, resampler_config
 
@@ -73,3 +74,14 @@ def test_another_split_is_refused_where_no_scale_ends(resampled: Path, tmp_path:
     said = run("export", resampled, "-o", tmp_path / "bundle", "--skip", "12/6", code=2)
     assert "skip.selector first retains 3 or 11 or 43 tokens, not 12" in said
     run("export", resampled, "-o", tmp_path / "bundle", "--skip", "11/4", "--precision", "fp32", "--max-context", "160")
+
+
+def test_a_plain_model_is_exported_with_a_split(tmp_path: Path) -> None:
+    model = drawn(resampler_config())
+    save_checkpoint(model, tmp_path / "plain", train_tokenizer(SENTENCES, VOCAB).to_str(), CHAT_TEMPLATE)
+    options = ["--precision", "fp32", "--max-context", "160"]
+    run("export", tmp_path / "plain", "-o", tmp_path / "bundle", "--skip", "11/6", *options)
+    skip = load_manifest(tmp_path / "bundle").config.skip
+    assert skip == SkipConfig(11, 6, "first", "all", num_unpooled=3)
+    refused = run("export", tmp_path / "plain", "-o", tmp_path / "none", "--preset", "sv-cos-272", *options, code=2)
+    assert "SV-CoS splits 1,296 visual tokens, and this model has 43" in refused

@@ -69,11 +69,13 @@ def case_of(exported: Exported) -> Case:
 
 @pytest.fixture(scope="module")
 def cases(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    fp16, int8 = (export_tiny(tmp_path_factory.mktemp(kind), precision=kind) for kind in _ROUGH)
-    return {"fp32": case_of(exported), "fp16": case_of(fp16), "int8": case_of(int8)}
+    rough: dict[str, Case] = {
+        kind: case_of(export_tiny(tmp_path_factory.mktemp(kind), precision=kind)) for kind in _ROUGH
+    }
+    return {"fp32": case_of(exported), **rough}
 
 
-_ROUGH: tuple[Precision, Precision] = ("fp16", "int8")
+_ROUGH: tuple[Precision, ...] = ("fp16", "int8", "int4")
 
 
 @pytest.fixture(params=["fp32", "int8"])
@@ -81,7 +83,7 @@ def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
     return cases[request.param]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_a_sound_engine_agrees_in_every_stage(cases: dict[str, Case], precision: str) -> None:
     case = cases[precision]
     found = case.compare(case.exported.onnx_engine())

@@ -63,6 +63,8 @@ TEMPLATES = {
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
 }
+# Of Idefics3-8B, on Llama 3's tokenizer, which has no tokens for rows and columns.
+TEMPLATES["idefics3"] = TEMPLATES["smolvlm"].replace("<|im_start|>", "<|begin_of_text|>")
 PINPOINTS = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
 GRID = tuple((28 * rows, 28 * columns) for rows in range(1, 4) for columns in range(1, 4))
 
@@ -95,7 +97,8 @@ def sentencepiece(style: str, special: Sequence[str] = ("<image>",)) -> Tokenize
 
 
 def qwen2(special: Sequence[str] = ("<image>", "<video>")) -> Tokenizer:
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    split = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     cut = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), "isolated"),
@@ -175,6 +178,13 @@ PUBLISHED = {
         {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"},
         TilesConfig(longest_edge=112),
     ),
+    "idefics3": Published(
+        "idefics3",
+        "idefics3",
+        lambda: llama3(("<fake_token_around_image>", "<image>", "<end_of_utterance>")),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>"},
+        TilesConfig(longest_edge=112),
+    ),
 }
 
 
@@ -190,13 +200,13 @@ def save_published(published: Published, folder: Path) -> Any:
     common = {"tokenizer": tokenizer, "chat_template": template}
     views = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     if kind == "llava":
-        pictures = _their("clip", "CLIP")(**crop)
+        pictures = their_pictures("clip")(**crop)
         processor = transformers.LlavaProcessor(pictures, **common, **views)
     elif kind == "llava_next":
-        pictures = _their("llava_next", "LlavaNext")(**crop, image_grid_pinpoints=[list(size) for size in PINPOINTS])
+        pictures = their_pictures("llava_next")(**crop, image_grid_pinpoints=[list(size) for size in PINPOINTS])
         processor = transformers.LlavaNextProcessor(pictures, **common, **views)
     elif kind == "llava_onevision":
-        pictures = _their("llava_onevision", "LlavaOnevision")(
+        pictures = their_pictures("llava_onevision")(
             size={"height": side, "width": side}, image_grid_pinpoints=[list(size) for size in GRID]
         )
         processor = _without_video(transformers.LlavaOnevisionProcessor)(
@@ -207,8 +217,11 @@ def save_published(published: Published, folder: Path) -> Any:
             vision_feature_select_strategy="full",
             vision_aspect_ratio="anyres_max_2",
         )
+    elif kind == "idefics3":
+        pictures = their_pictures("idefics3")(size={"longest_edge": 112}, max_image_size={"longest_edge": side})
+        processor = transformers.Idefics3Processor(pictures, **common, image_seq_len=16)
     else:
-        pictures = _their("smolvlm", "SmolVLM")(size={"longest_edge": 112}, max_image_size={"longest_edge": side})
+        pictures = their_pictures("smolvlm")(size={"longest_edge": 112}, max_image_size={"longest_edge": side})
         # What it would say numbers of frames with.
         import_module("transformers.models.smolvlm.processing_smolvlm").num2words = str
         processor = _without_video(transformers.SmolVLMProcessor)(
@@ -239,10 +252,10 @@ def _without_video(base: Any) -> Any:
     return type(base.__name__, (base,), {"check_argument_for_proper_class": check, "to_dict": to_dict})
 
 
-def _their(module: str, name: str) -> Any:
-    return getattr(
-        import_module(f"transformers.models.{module}.image_processing_pil_{module}"), f"{name}ImageProcessorPil"
-    )
+def their_pictures(family: str) -> Any:
+    """Their image processor that works on Pillow's pictures; the other one needs torchvision."""
+    module = import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+    return next(value for name, value in vars(module).items() if name.endswith("ImageProcessorPil"))
 
 
 def their_messages(messages: Sequence[Message], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:

@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from skipvision.checkpoint import CheckpointError
 from skipvision.config import ConfigError, SkipConfig
+from skipvision.presets import PRESETS
 from svcli_export import bundle as bundle_module
 from svcli_export import manifest as manifest_module
 from svcli_export.bundle import ExportError, export_bundle
@@ -106,13 +109,12 @@ def test_skip_can_be_overridden(checkpoint: Path, tmp_path: Path, skip: Any, exp
 
 
 def test_settings_that_cannot_be_exported_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    plain = tiny_checkpoint(tmp_path / "plain", None)
     for source, options, error, words in (
         (checkpoint, {"skip": SkipConfig(4, 6, selector="random")}, ExportError, "draws anew"),
         (checkpoint, {"skip": SkipConfig(40, 0)}, ConfigError, "num_retained"),
         (checkpoint, {"max_context": 20}, ContractError, "no room for text"),
         (checkpoint, {"max_context": 34}, ExportError, "too small for one question"),
-        (plain, {"skip": SKIP}, ExportError, "no summary layer"),
+        (checkpoint, {"skip": PRESETS["sv-llava-100"]}, ConfigError, "splits 576 visual tokens, and this model has 16"),
         (tmp_path / "absent", {}, CheckpointError, "no such checkpoint"),
     ):
         with pytest.raises(error, match=words) as caught:
@@ -120,6 +122,19 @@ def test_settings_that_cannot_be_exported_are_refused(checkpoint: Path, tmp_path
         assert isinstance(caught.value, ValueError)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_model_skips_with_a_summary_of_means_and_says_that_it_was_not_trained_to(tmp_path: Path) -> None:
+    plain = tiny_checkpoint(tmp_path / "plain", None)
+    manifest = export(plain, tmp_path / "out", skip=SKIP)
+    assert (manifest.config.skip, manifest.config.skip_trained) == (SKIP, False)
+    assert not load_file(tmp_path / "out" / "weights.safetensors")["summary.score.weight"].any()
+    # It stays so in what is made of it, until it is plain again.
+    again = export(tmp_path / "out", tmp_path / "again", skip=(3, 2))
+    assert (again.config.skip, again.config.skip_trained) == (replace(SKIP, num_retained=3, num_skipped=2), False)
+    assert export(tmp_path / "out", tmp_path / "off", skip="off").config.skip_trained
+    # Counts alone: as the paper trains.
+    assert export(plain, tmp_path / "counts", skip=(4, 6)).config.skip == SkipConfig(4, 6, visibility="all")
 
 
 def test_what_cannot_be_read_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Case:
 
 
 def their_model(published: Published, image_id: int, vocabulary: int) -> Any:
-    import transformers
+    transformers: Any = import_module("transformers")
 
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 2, "vocab_size": vocabulary, "max_position_embeddings": 8192}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -37,3 +40,34 @@ def test_cuda_that_cannot_start_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(ProviderError, match="svcli doctor"):
         open_session(path, provider="cuda")
+
+
+_FREED = """
+import ctypes, re, sys
+from pathlib import Path
+from svcli_export.runtime import open_session
+
+session = open_session(Path(sys.argv[1]))
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+before = anonymous()
+for _ in range(2):
+    blocks = [libc.malloc(8 << 20) for _ in range(4)]
+    for block in blocks:
+        ctypes.memset(block, 1, 8 << 20)
+    for block in reversed(blocks[1:]):
+        libc.free(block)
+    keep, last = blocks[0], libc.malloc(1000)  # something small behind what was freed
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's way to keep memory")
+def test_large_blocks_go_back_to_the_system(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _FREED, str(save(tmp_path / "good.onnx", "Relu", 23))]
+    done = subprocess.run(command, env={"PYTHONPATH": os.pathsep.join(sys.path)}, check=True, capture_output=True)
+    assert int(done.stdout) < (2 * 8 + 4) << 20  # the two that are kept

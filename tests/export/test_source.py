@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 
 from benchmarks.loading import write_checkpoint
 from skipvision.checkpoint import save_checkpoint
-from skipvision.config import SkipConfig
+from skipvision.config import ConfigError, SkipConfig
 from skipvision.families import known_model
 from skipvision.model import SkipVisionModel
 from skipvision.published import load_published
-from svcli_export.bundle import ExportError, export_bundle
+from svcli_export.bundle import export_bundle
 from svcli_export.contract import Precision
-from svcli_export.manifest import BundleError
+from svcli_export.manifest import BundleError, load_manifest
 from svcli_export.source import SourceError, read_published, read_source
 from tests.export.tiny import SKIP, tiny_checkpoint, tiny_config
 
@@ -99,18 +99,18 @@ def test_layers_that_a_bundle_has_not_are_not_made_up(tmp_path: Path) -> None:
     export_bundle(tmp_path / "checkpoint", tmp_path / "other", skip=SKIP)
 
 
-def test_a_plain_bundle_cannot_skip_and_a_damaged_one_is_not_read(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_plain_bundle_skips_untrained_and_a_damaged_one_is_not_read(checkpoint: Path, tmp_path: Path) -> None:
     plain = made(checkpoint, tmp_path / "plain", "fp32", max_context=96, skip="off")
-    with pytest.raises(ExportError, match="no summary layer"):
-        export_bundle(plain, tmp_path / "other", skip=(4, 6))
+    assert load_manifest(plain).config.skip_trained
+    assert not load_manifest(made(plain, tmp_path / "skipping", "fp32", skip=(4, 6))).config.skip_trained
     (plain / "weights.safetensors").write_bytes(b"cut")
     with pytest.raises(BundleError, match=r"weights\.safetensors has 3 bytes"):
         export_bundle(plain, tmp_path / "other")
 
 
 def test_a_model_for_transformers_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(SourceError, match="published for transformers, which cannot be exported yet; `svcli cost`"):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match="unknown family model_type='bert'; known: llava"):
         export_bundle(tmp_path, tmp_path / "other")
 
 

@@ -17,7 +17,7 @@ from skipvision.layout import TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tiles import cut_picture
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from svcli_export.verify import Sample
+from svcli_export.samples import Sample
 
 VOCAB = 300
 IMAGE_SIZE = 28

@@ -145,8 +145,8 @@ def encode(
     if config.output_norm:
         states[-1] = [_normed(weights, "vision.output_norm", row, config.layer_norm_eps) for row in hidden]
     features = []
-    for patch in range(first, len(hidden)):
-        read = [states[layer][patch] for layer in config.feature_layers]
+    for number in range(first, len(hidden)):
+        read = [states[layer][number] for layer in config.feature_layers]
         features.append(
             np.concatenate([layer_norm(row, 1.0, 0.0, 1e-5) for row in read] if config.feature_norm else read)
         )

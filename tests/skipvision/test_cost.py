@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipvision.config import SkipConfig, TextConfig
+from skipvision.config import Selector, SkipConfig, TextConfig
 from skipvision.cost import (
     decode_flops,
     decoder_flops,
@@ -26,7 +27,9 @@ from skipvision.cost import (
     split_flops,
     vision_flops,
 )
-from skipvision.layout import ImageSpan, TokenLayout
+from skipvision.layout import ImageSpan, TokenLayout, largest_spans, picture_spans
+from skipvision.tiles import cut_picture, most_views
+from tests.skipvision import zoo
 from tests.skipvision.tiny import MERGED, PROMPTS, SKIPS, batch_of, random_pictures, tiny_config, tiny_model
 
 LLAMA3_8B = TextConfig(
@@ -126,6 +129,64 @@ def test_vision_flops_are_those_that_torch_runs(skip: SkipConfig | None) -> None
     by_attention = skip is not None and skip.selector == "cls_attention"
     ranking = 2 * vision.hidden_size * (1 + vision.num_patches) if by_attention else 0
     assert split_flops(model.config) == counted(lambda: model.split(tokens, cls_attention)) + ranking
+
+
+FAMILIES = {kind.family: kind for kind in zoo.KINDS}
+SELECTED: tuple[Selector | None, ...] = (None, "received_attention", "cls_attention", "first")
+OF_FAMILIES = [
+    (kind, selector)
+    for kind, selector in itertools.product(FAMILIES, SELECTED)
+    if not (selector == "cls_attention" and kind not in ("llava", "llava_next"))
+    if not (selector == "first" and kind not in ("llava_next", "llava_onevision"))
+]
+
+
+@pytest.mark.parametrize(("kind", "selector"), OF_FAMILIES)
+def test_a_picture_of_every_family_takes_the_flops_that_torch_runs(kind: str, selector: Selector | None) -> None:
+    """With and without CLS, squares of patches, several views, mosaics: all of it, from pixels to rows."""
+    model = zoo.ours(FAMILIES[kind])
+    retained = model.config.num_tokens if selector == "first" else 5
+    model = model.with_skip(None if selector is None else SkipConfig(retained, 3, selector))
+    for size in ((20, 90), (33, 60)):
+        cut = cut_picture(model.config, *size)
+        spans = picture_spans(model.config, cut)
+        assert sum(span.num_views for span in spans) == cut.num_views
+        pixels = zoo.views(cut).double()
+        wanted = sum(vision_flops(model.config, span) for span in spans)
+        assert counted(lambda model=model, pixels=pixels, cut=cut: model.encode_picture(pixels, cut)) == wanted  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_decoder_of_every_family_takes_the_flops_that_torch_runs(kind: str) -> None:
+    model = zoo.ours(FAMILIES[kind]).with_skip(SkipConfig(5, 3, "uniform"))
+    padded, table, batch = zoo.our_batch(model, [[1, (20, 90), 30]])
+    spans = picture_spans(model.config, cut_picture(model.config, 20, 90))
+    layout = TokenLayout((1, *spans, 1))
+    heads = layout.num_kept * head_flops(model.config.text)
+    wanted = decoder_flops(model.config.text, layout) + heads
+    assert counted(lambda: model(padded, table, batch)) == wanted
+    cost = prompt_cost(model.config, layout)
+    assert cost.vision_flops == sum(vision_flops(model.config, span) for span in spans)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_dense_twin_sees_as_many_views(kind: str) -> None:
+    config = zoo.ours(FAMILIES[kind]).with_skip(SkipConfig(5, 3, "uniform")).config
+    plain = zoo.ours(FAMILIES[kind]).config
+    for picture in (cut_picture(config, 20, 90), cut_picture(config, 64, 64)):
+        layout = TokenLayout((1, *picture_spans(config, picture)))
+        twin_config, twin = dense(config, layout)
+        assert twin_config == plain
+        assert twin == TokenLayout((1, *picture_spans(plain, picture)))
+        assert [span.num_views for span in twin.images] == [span.num_views for span in layout.images]
+        encoding = picture.num_views * (encoder_flops(plain.vision) + projector_flops(plain))
+        assert prompt_cost(twin_config, twin).vision_flops == encoding
+
+
+def test_largest_pictures_count_all_their_views() -> None:
+    for kind in FAMILIES.values():
+        config = zoo.ours(kind).config
+        assert sum(span.num_views for span in largest_spans(config)) == most_views(config)
 
 
 def test_a_prompt_costs_the_sum_of_its_parts() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipvision.config import ConfigError, ModelConfig
-from skipvision.cost import prompt_cost
+from skipvision.config import ConfigError, ModelConfig, Selector, SkipConfig
+from skipvision.cost import dense, encoder_flops, projector_flops, prompt_cost
 from skipvision.estimate import Estimate, estimate
 from skipvision.families import known_model
 from skipvision.layout import ImageSpan, TokenLayout
@@ -68,6 +70,34 @@ def test_a_model_of_ours_costs_what_its_prompt_does() -> None:
         wanted.decode_flops,
         wanted.kv_bytes,
     )
+
+
+@pytest.mark.parametrize("name", ["SmolVLM-256M-Instruct", "llava-onevision-qwen2-0.5b-ov-hf", "llava-1.5-7b-hf"])
+def test_one_view_of_a_published_model_costs_what_its_prompt_does(name: str) -> None:
+    """Without CLS all rows' attention ranks, and of squares of patches one token comes."""
+    plain = config_of(name)
+    selector: Selector = "cls_attention" if plain.vision.has_cls else "received_attention"
+    config = replace(plain, tiles=None, skip=SkipConfig(20, 10, selector))
+    found = estimate(config, Setting("", config.num_tokens, 20, 10), 7)
+    for side, (its_config, layout) in (
+        (found.skipped, (config, TokenLayout((7, ImageSpan.of(config))))),
+        (found.dense, dense(config, TokenLayout((7, ImageSpan.of(config))))),
+    ):
+        wanted = prompt_cost(its_config, layout)
+        assert (side.vision_flops, side.prefill_flops, side.decode_flops, side.kv_bytes) == (
+            wanted.vision_flops,
+            wanted.prefill_flops,
+            wanted.decode_flops,
+            wanted.kv_bytes,
+        )
+
+
+def test_smolvlm_sees_16_patches_in_one_token() -> None:
+    """93 million weights at a row of 1,024, and attention among them; by hand."""
+    config = config_of("SmolVLM-256M-Instruct")
+    block = 8 * 768**2 * 1024 + 4 * 768 * 1024**2 + 4 * 768 * 3072 * 1024
+    assert encoder_flops(config.vision) == 2 * 3 * 16**2 * 768 * 1024 + 12 * block
+    assert projector_flops(config) == 2 * 64 * 768 * 16 * 576
 
 
 def test_five_views_are_encoded_five_times() -> None:

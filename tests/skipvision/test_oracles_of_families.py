@@ -41,8 +41,10 @@ def skips(kind: zoo.Kind) -> dict[str, SkipConfig]:
     """Every way to choose, with a rest that is merged, that is skipped as it is, and that is dropped."""
     tokens = zoo.config_of(kind).num_tokens
     selectors: list[Selector] = ["received_attention", "random", "uniform"]
-    selectors += ["cls_attention"] if has_cls(kind) else []
-    selectors += ["first"] if is_joined(kind) else []
+    if has_cls(kind):
+        selectors.append("cls_attention")
+    if is_joined(kind):
+        selectors.append("first")
     found = {}
     for selector in selectors:
         retained = tokens if selector == "first" else 5

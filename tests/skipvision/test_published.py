@@ -109,6 +109,15 @@ def test_shards_are_the_same_model(case: Case, tmp_path: Path) -> None:
     assert same_weights(tmp_path, case.ours)
 
 
+def test_progress_is_told_with_every_tensor(case: Case, tmp_path: Path) -> None:
+    case.theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    shares: list[float] = []
+    load_published(tmp_path, progress=lambda _what, share: shares.append(share))
+    assert len(shares) == len(load_file(case.folder / "model.safetensors"))
+    assert 0 < shares[0] < shares[-1] == 1
+    assert shares == sorted(shares)
+
+
 def in_memory(name: str) -> str:
     """As transformers 5 names it while it runs."""
     if name.startswith("language_model.model."):
@@ -116,16 +125,6 @@ def in_memory(name: str) -> str:
     if name.startswith("language_model.lm_head"):
         return name.removeprefix("language_model.")
     return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
-
-
-def test_progress_is_told_with_every_tensor(case: Case, tmp_path: Path) -> None:
-    sharded = tmp_path / "sharded"
-    case.theirs.save_pretrained(sharded, max_shard_size="20KB")
-    shares: list[float] = []
-    load_published(sharded, progress=lambda _what, share: shares.append(share))
-    assert len(shares) == len(load_file(case.folder / "model.safetensors"))
-    assert 0 < shares[0] < shares[-1] == 1
-    assert shares == sorted(shares)
 
 
 def with_old_tower(name: str) -> str:

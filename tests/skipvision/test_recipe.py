@@ -50,6 +50,20 @@ def test_a_recipe_sets_what_it_names(tmp_path: Path) -> None:
         (MODEL + "[optim]\nsteps = 3.5\n", "optim.steps: expected int, got 3.5"),
         (MODEL + "[model.skip]\nselector = 'best'\n", "model.skip.selector: expected one of"),
         (MODEL + "[model.skip]\nnum_retained = 300\n", "skip.num_retained must be at most 256"),
+        (
+            MODEL + "[model.skip]\nselector = 'received_attention'\n",
+            "model.skip.selector: training knows cls_attention, random and uniform$",
+        ),
+        (
+            MODEL + "[model.tiles]\nsizes = [[224, 448]]\n[model.skip]\nselector = 'first'\nnum_retained = 256\n",
+            "model.skip.selector: training knows cls_attention, random and uniform$",
+        ),
+        (MODEL + "[model.tiles]\nsizes = [[224, 448]]\n", "model.tiles: training sees a picture once$"),
+        (MODEL + "[model.tiles]\nlongest_edge = 448\n", "model.tiles: training sees a picture once$"),
+        (
+            "[model]\nprojector = 'linear'\npixel_shuffle = 2\nprojector_position = false\n" + MODEL,
+            "model.projector: training needs one token for each patch, so no resampler and pixel_shuffle 1$",
+        ),
         ("seed = 3\n", "config: missing key 'model'$"),
         ("[model]\n", "model: missing key 'vision', 'text'$"),
         ("seed = \n", ".*line 1"),
@@ -59,6 +73,12 @@ def test_a_recipe_that_cannot_work_is_refused_with_file_and_key(tmp_path: Path, 
     path = write(tmp_path, text)
     with pytest.raises(ConfigError, match=f"^{path}: {message}"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("selector", ["cls_attention", "random", "uniform"])
+def test_selectors_that_training_knows_are_read(tmp_path: Path, selector: str) -> None:
+    recipe = load_recipe(write(tmp_path, MODEL + f"[model.skip]\nselector = '{selector}'\n"))
+    assert recipe.model.skip == SkipConfig(selector=selector)  # type: ignore[arg-type]
 
 
 def test_a_missing_recipe_is_said(tmp_path: Path) -> None:

@@ -396,6 +396,14 @@ def test_on_the_example_the_papers_setting_is_its_own() -> None:
     assert found.dense.vision_flops == prompt_cost(*dense(config, layout)).vision_flops
 
 
+def test_counts_alone_mean_the_papers_setting() -> None:
+    config = ModelConfig.from_json(EXAMPLE.read_text())
+    plain = replace(config, skip=None)
+    assert plain.skip_of(272, 256) == config.skip
+    assert plain.skip_of(16, 0) == SkipConfig(16, 0, "first", "all")
+    assert config.skip_of(272, 100) == SkipConfig(272, 100, "first", "all", 16)
+
+
 def test_a_setting_is_for_a_resampler_or_for_patches() -> None:
     config = ModelConfig.from_json(EXAMPLE.read_text())
     ranked = Setting("By rank", 1296, 272, 256)

@@ -65,7 +65,7 @@ def test_what_is_paid_attention_to_ranks(selector: Selector) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 16])
-def test_thumbnail_takes_the_first_whatever_is_paid_to_the_others(count: int) -> None:
+def test_first_takes_the_first_whatever_is_paid_to_the_others(count: int) -> None:
     scores = token_scores("first", torch.arange(32.0).view(2, 16), count)
     assert split_tokens(scores, count)[0].tolist() == [list(range(count))] * 2
 

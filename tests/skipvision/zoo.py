@@ -1,4 +1,4 @@
-"""Tiny models of every family with random weights, made by transformers, and the same questions for theirs and ours."""
+"""Tiny models of every family, made by transformers with random weights, and the same questions for both of us."""
 
 from __future__ import annotations
 
