@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from svcli.app import app
+from tests.cli.fake_hub import Repository, serving
+from tests.cli.test_hub import clean
 from tests.skipvision.parts import save_decoder, save_tower
 
 
@@ -93,3 +95,22 @@ def test_settings_that_cannot_work_are_refused(
     assert (done.exit_code, done.stdout) == (code, "")
     assert words in " ".join(done.stderr.split())
     assert not (tmp_path / "new").exists()
+
+
+def test_parts_come_from_the_hub_when_they_are_parts(parts: Path, tmp_path: Path, command: list[str]) -> None:
+    held = {
+        f"owner/{name}": Repository({path.name: path.read_bytes() for path in (parts / name).iterdir()})
+        for name in ("tower", "decoder")
+    }
+    with serving(held) as hub:
+        for tower, code in (("owner/tower", 0), ("owner/decoder", 2)):
+            done = subprocess.run(
+                [*command, "new", str(tmp_path / str(code)), "--vision", tower, "--text", "owner/decoder"],
+                env=clean(hub, tmp_path / "hub"),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("Error: owner/decoder: config.json: no vision tower: model_type='llama'; known: clip")
+    assert (tmp_path / "0" / "model.safetensors").is_file()
