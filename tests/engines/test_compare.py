@@ -68,7 +68,9 @@ def case_of(exported: Exported) -> Case:
 
 @pytest.fixture(scope="module")
 def cases(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    rough = {kind: case_of(export_tiny(tmp_path_factory.mktemp(kind), precision=kind)) for kind in _ROUGH}
+    rough: dict[str, Case] = {
+        kind: case_of(export_tiny(tmp_path_factory.mktemp(kind), precision=kind)) for kind in _ROUGH
+    }
     return {"fp32": case_of(exported), **rough}
 
 
