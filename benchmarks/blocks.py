@@ -44,6 +44,12 @@ _TWINS = {
 }
 _STAGES = {"vision": "vision", "prefill": "prefill", "first_token": "first token", "decode_token": "decode, one token"}
 
+_EXPORT_STAGES = {
+    "writing the weights": "weights",
+    "writing the graphs": "graphs",
+    "checking the graphs against PyTorch": "check",
+}
+
 
 class NotMeasuredError(ValueError):
     """A result that no script has written yet."""
@@ -75,6 +81,10 @@ def seconds(value: float) -> str:
 
 def mebibytes(value: float) -> str:
     return f"{value / 2**20:.3g} MiB"
+
+
+def gibibytes(value: float) -> str:
+    return f"{value / 2**30:.3g} GiB"
 
 
 def on_machine(found: Any) -> str:
@@ -371,6 +381,43 @@ def profile() -> str:
     )
 
 
+def export_size() -> str:
+    """Exporting models of real size, and what an int4 one does in chat."""
+    found = result("export_size")
+    rows, said = [], []
+    for name, precisions in found.items():
+        for precision, each in precisions.items():
+            export, check = each["export"], each["export"]["check"]
+            stages = [each["export"]["stages"][stage]["seconds"] for stage in _EXPORT_STAGES]
+            rows.append(
+                [
+                    name,
+                    precision,
+                    gibibytes(each["checkpoint_bytes"]),
+                    gibibytes(export["bundle_bytes"]),
+                    *map(seconds, (export["seconds"], *stages)),
+                    gibibytes(export["anonymous_bytes"]),
+                    gibibytes(export["resident_bytes"]),
+                    f"{check['num_tokens']} on {check['num_pictures']}",
+                ]
+            )
+            if "chat" in each:
+                chat = each["chat"]
+                said.append(
+                    f"- {name} in {precision}: first token of one question about one picture ({chat['rows']} rows)"
+                    f" {seconds(chat['first_token_seconds'])} after the start, the second, which opens another graph,"
+                    f" {seconds(chat['first_decode_seconds'])} later, then {chat['tokens_per_second']:.3g} tokens a"
+                    f" second. Opening graphs is {seconds(chat['load_seconds'])} of that. Anonymous memory:"
+                    f" {gibibytes(chat['prefill_memory']['anonymous_bytes'])} up to the first token,"
+                    f" {gibibytes(chat['anonymous_bytes'])} with both graphs open"
+                )
+    header = ["checkpoint, random, fp16", "bundle in", "checkpoint", "bundle", "seconds", *_EXPORT_STAGES.values()]
+    header += ["anonymous memory", "resident", "tokens compared"]
+    machine = next(each for precisions in found.values() for each in precisions.values())
+    memory = f"{machine['machine']['memory_gib']:g} GiB, {on_machine(machine)}"
+    return f"{table(header, rows)}\n\n{memory}. Chat with the int4 bundles:\n\n" + "\n".join(said)
+
+
 def model() -> str:
     """Sizes, from the recipe."""
     config: ModelConfig = load_recipe(_RECIPE).model
@@ -413,6 +460,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "loading": loading,
     "profile": profile,
+    "export_size": export_size,
     "model": model,
     "vocabulary": vocabulary,
 }

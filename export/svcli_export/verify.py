@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -152,12 +151,12 @@ def _size(model: SkipVisionModel) -> int:
 
 def _weight_error(model: SkipVisionModel, stored: StoredWeights) -> float:
     """Of the matrix that rounding to 4 bits changed most: norm of the difference, relative to that of the matrix."""
-    worst_error = 0.0
+    found = [0.0]
     for name in stored.names_in_blocks:
         wanted = model.get_parameter(name).detach().float()
         error, size = (stored.tensor(name) - wanted).norm(), wanted.norm()
-        worst_error = max(worst_error, float(error / size) if size > 0 else float(error))
-    return worst_error
+        found.append(float(error / size) if size != 0 else float(error))
+    return float(np.max(found))  # which is not a number where one of them is none
 
 
 @torch.no_grad()
@@ -185,18 +184,14 @@ def _fp32(cache: KVCache) -> KVCache:
 
 @dataclass(frozen=True)
 class _Graphs:
-    """Opens one graph at a time. `lean`: without whole copies of fp16 weights in fp32."""
+    """Each is open as long as somebody holds on to it. `lean`: without whole copies of fp16 weights in fp32."""
 
     folder: Path
     contract: Contract
     lean: bool
 
-    @contextmanager
-    def open(self, name: GraphName) -> Iterator[InferenceSession]:
-        session = open_session(self.folder / self.contract.graph(name).file, lean=self.lean)
-        yield session
-        del session
-        gc.collect()  # it goes now, before the next one comes
+    def open(self, name: GraphName) -> InferenceSession:
+        return open_session(self.folder / self.contract.graph(name).file, lean=self.lean)
 
     def run(self, session: InferenceSession, feeds: dict[str, Any]) -> tuple[Floats, dict[str, Floats]]:
         """Logits [1, vocab], and the buffers by the names that the next step reads them under."""
@@ -217,12 +212,12 @@ def _check_vision(
     graphs: _Graphs, config: ModelConfig, samples: Sequence[Sample], expected: Sequence[_Expected]
 ) -> _Stage:
     stage = _Stage("vision")
-    with graphs.open("vision") as session:
-        for sample, wanted in zip(samples, expected, strict=True):
-            got = run_vision(session, graphs.contract, config, sample.pixels, sample.cut)
-            matched, rows = match_runs(got, wanted.visual, sample.layout.images)
-            stage.compare(matched, rows)
-            stage.agreeing.append(agreeing_rows(matched, rows, TOLERANCES[graphs.contract.precision]))
+    session = graphs.open("vision")
+    for sample, wanted in zip(samples, expected, strict=True):
+        got = run_vision(session, graphs.contract, config, sample.pixels, sample.cut)
+        matched, rows = match_runs(got, wanted.visual, sample.layout.images)
+        stage.compare(matched, rows)
+        stage.agreeing.append(agreeing_rows(matched, rows, TOLERANCES[graphs.contract.precision]))
     return stage
 
 
@@ -235,25 +230,25 @@ def _check_prefill(
     empty = {
         name: np.zeros((1, contract.num_kv_heads, 0, contract.head_dim)) for name in names if name.startswith(_PAST)
     }
-    with graphs.open("prefill") as session:
-        for sample, wanted in zip(samples, expected, strict=True):
-            layout = sample.layout
-            feeds = {
-                "input_ids": np.array([read_ids(sample.prompt, wanted.logits[0].shape[-1])], np.int64),
-                "visual": wanted.visual.astype(contract.compute_dtype),
-                "source": layout.source[None],
-                "position_ids": layout.positions[None],
-                "visible_until": layout.visible_until[None],
-                "kept_index": np.arange(layout.num_kept)[None],
-            }
-            given = {name: feeds[name] for name in feeds if name in names}
-            logits, buffers = graphs.run(session, given | graphs.buffers(empty))
-            kept = {name: buffer[:, :, : layout.num_kept].copy() for name, buffer in buffers.items()}
-            stage.compare(logits, wanted.logits[0])
-            for name, rows in kept.items():
-                stage.compare(rows, wanted.caches[name])
-            tokens.append(int(logits.argmax()))
-            caches.append(kept)
+    session = graphs.open("prefill")
+    for sample, wanted in zip(samples, expected, strict=True):
+        layout = sample.layout
+        feeds = {
+            "input_ids": np.array([read_ids(sample.prompt, wanted.logits[0].shape[-1])], np.int64),
+            "visual": wanted.visual.astype(contract.compute_dtype),
+            "source": layout.source[None],
+            "position_ids": layout.positions[None],
+            "visible_until": layout.visible_until[None],
+            "kept_index": np.arange(layout.num_kept)[None],
+        }
+        given = {name: feeds[name] for name in feeds if name in names}
+        logits, buffers = graphs.run(session, given | graphs.buffers(empty))
+        kept = {name: buffer[:, :, : layout.num_kept].copy() for name, buffer in buffers.items()}
+        stage.compare(logits, wanted.logits[0])
+        for name, rows in kept.items():
+            stage.compare(rows, wanted.caches[name])
+        tokens.append(int(logits.argmax()))
+        caches.append(kept)
     return stage, tokens, caches
 
 
@@ -265,18 +260,18 @@ def _check_decode(
 ) -> tuple[_Stage, list[int]]:
     """Also the tokens behind the first, picture by picture. `caches`: the rows that prefill left."""
     stage, tokens = _Stage("decode"), []
-    with graphs.open("decode") as session:
-        for sample, wanted, kept in zip(samples, expected, caches, strict=True):
-            layout, buffers = sample.layout, graphs.buffers(kept)
-            for step, (token, reference) in enumerate(zip(wanted.tokens, wanted.logits[1:], strict=False)):
-                feeds = {
-                    "input_ids": np.array([[token]]),
-                    "position_ids": np.array([[layout.length + step]]),
-                    "write_index": np.array([layout.num_kept + step]),
-                }
-                logits, buffers = graphs.run(session, feeds | buffers)
-                stage.compare(logits, reference)
-                tokens.append(int(logits.argmax()))
+    session = graphs.open("decode")
+    for sample, wanted, kept in zip(samples, expected, caches, strict=True):
+        layout, buffers = sample.layout, graphs.buffers(kept)
+        for step, (token, reference) in enumerate(zip(wanted.tokens, wanted.logits[1:], strict=False)):
+            feeds = {
+                "input_ids": np.array([[token]]),
+                "position_ids": np.array([[layout.length + step]]),
+                "write_index": np.array([layout.num_kept + step]),
+            }
+            logits, buffers = graphs.run(session, feeds | buffers)
+            stage.compare(logits, reference)
+            tokens.append(int(logits.argmax()))
     return stage, tokens
 
 

@@ -80,7 +80,7 @@ def profile(
     if output is not None:
         from svcli.plots import draw
 
-        plots = draw(output, found.spread, len(pictures), str(model))
+        plots = draw(output, found.spread, len(images), str(model))
     if not found.is_trained:
         ui.note("the model was not trained with this setting; what it does with it says little about one that was")
     if as_json:

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from svcli_engines.base import Engine
     from svcli_engines.compare import Comparison, Layer, Opener, Stage, Verification
-    from svcli_export.manifest import Transparency
     from svcli_export.agreement import Difference
-    from svcli_export.manifest import Manifest
+    from svcli_export.manifest import Manifest, Transparency
 
 ENGINES = tuple(name.value for name in EngineName)
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -106,6 +106,17 @@ def test_a_number_that_is_none_is_noticed(tmp_path: Path) -> None:
     assert any(clause.startswith("prefill: cosine") for clause in found)
 
 
+@pytest.mark.parametrize("value", [0.5, torch.nan])
+def test_a_rounded_weight_that_is_another_is_noticed(tmp_path: Path, value: float) -> None:
+    """PyTorch computes with the rounded weights, so that those must be the model's."""
+    written = write(tmp_path, "skip", "int4")
+    with torch.no_grad():
+        written.model.get_parameter("decoder.layers.1.ffn.up.weight")[3] += value
+    found = violations(verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1), "int4")
+    assert len(found) == 1
+    assert found[0].startswith("a matrix is ")
+
+
 @pytest.mark.parametrize("skip", SKIP_SETTINGS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_graphs_are_valid_and_nothing_in_them_is_dead(tmp_path: Path, skip: str, precision: Precision) -> None:
