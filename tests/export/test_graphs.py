@@ -112,7 +112,9 @@ def test_a_rounded_weight_that_is_another_is_noticed(tmp_path: Path, value: floa
     written = write(tmp_path, "skip", "int4")
     with torch.no_grad():
         written.model.get_parameter("decoder.layers.1.ffn.up.weight")[3] += value
-    found = violations(verify(written.model, written.contract, tmp_path, pictures(), PROMPT, image_id=1), "int4")
+    found = violations(
+        verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT)), "int4"
+    )
     assert len(found) == 1
     assert found[0].startswith("a matrix is ")
 
