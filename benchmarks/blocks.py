@@ -14,7 +14,8 @@ from benchmarks.measuring import RESULTS
 from skipvision.config import ConfigError, ModelConfig
 from skipvision.data.kinds import KINDS
 from skipvision.data.names import COLOURS, SHAPES
-from skipvision.families import FAMILIES, KNOWN_MODELS
+from skipvision.families import FAMILIES
+from skipvision.known_models import KNOWN_MODELS
 from skipvision.layout import ImageSpan
 from skipvision.presets import PRESETS, Setting
 from skipvision.recipe import load_recipe

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks.measuring import RESULTS, surroundings, write_results
 from skipvision.config import ModelConfig, TextConfig
-from skipvision.families import KNOWN_MODELS, known_model
+from skipvision.known_models import KNOWN_MODELS, known_model
 from skipvision.layout import TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.measuring import RESULTS, surroundings, write_results
-from skipvision.families import KnownModel, known_model
+from skipvision.families import KnownModel
+from skipvision.known_models import known_model
 from skipvision.published import load_published
 
 RESULT = RESULTS / "loading.json"

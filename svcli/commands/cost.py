@@ -87,8 +87,8 @@ def find_model(name: str | None) -> Subject:
     """Raises UsageError for what is neither folder nor known nor an id; ConfigError, BundleError for a broken one;
     HubError where config.json cannot be had.
     """
-    from skipvision.families import KNOWN_MODELS, known_model
     from skipvision.hub import HubId
+    from skipvision.known_models import KNOWN_MODELS, known_model
 
     folder = bundled_model() if name is None else Path(name)
     if folder.is_dir():

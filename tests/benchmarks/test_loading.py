@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.loading import load, write_checkpoint
 from skipvision.config import TextConfig
-from skipvision.families import known_model
+from skipvision.known_models import known_model
 from skipvision.published import load_published
 
 

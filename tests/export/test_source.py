@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from benchmarks.loading import write_checkpoint
 from skipvision.checkpoint import save_checkpoint
 from skipvision.config import ConfigError, SkipConfig
-from skipvision.families import known_model
+from skipvision.known_models import known_model
 from skipvision.model import SkipVisionModel
 from skipvision.published import load_published
 from svcli_export.bundle import export_bundle

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from skipvision.config import ConfigError, ModelConfig, Selector, SkipConfig
 from skipvision.cost import dense, encoder_flops, projector_flops, prompt_cost
 from skipvision.estimate import Estimate, estimate
-from skipvision.families import known_model
+from skipvision.known_models import known_model
 from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.presets import PRESETS, Setting
 from skipvision.roofline import GPUS, Gpu

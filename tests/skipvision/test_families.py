@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from skipvision.config import ConfigError, ModelConfig, TilesConfig
-from skipvision.families import FAMILIES, KNOWN_MODELS, KnownModel, known_model, parse_model, read_model
+from skipvision.families import FAMILIES, KnownModel, parse_model, read_model
+from skipvision.known_models import KNOWN_MODELS, known_model
 from tests.optional import missing
 
 VISION = {"model_type": "clip_vision_model"}

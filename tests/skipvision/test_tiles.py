@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skipvision.config import ConfigError, ModelConfig, SkipConfig, TilesConfig
-from skipvision.families import known_model
+from skipvision.known_models import known_model
 from skipvision.layout import ImageSpan, largest_spans, picture_spans
 from skipvision.model import SkipVisionModel
 from skipvision.tiles import Cut, best_size, cut_picture, mosaic, most_tokens, most_views, scaled_sizes, token_counts
