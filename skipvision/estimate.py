@@ -68,7 +68,7 @@ def estimate(config: ModelConfig, setting: Setting, num_text: int) -> Estimate:
     text = config.text
     embedding = 0 if text.tie_embeddings else text.vocab_size * text.hidden_size
     counts = setting.num_tokens, setting.num_retained, setting.num_skipped, setting.num_unpooled
-    merging = merge_flops(text.hidden_size, *counts)
+    merging = setting.num_runs * merge_flops(text.hidden_size, *counts)
     if setting.is_ranked:
         ranked_by: Selector = "cls_attention" if config.vision.has_cls else "received_attention"
         merging += setting.num_views * ranking_flops(config.vision, ranked_by)
@@ -81,19 +81,20 @@ def estimate(config: ModelConfig, setting: Setting, num_text: int) -> Estimate:
 
 def fits_tower(config: ModelConfig, setting: Setting) -> bool:
     """Whether the model's own tower and projector make as many tokens as the setting has."""
-    return setting.num_views * config.num_tokens == setting.num_tokens
+    return setting.is_own or setting.num_views * config.num_tokens == setting.num_tokens
 
 
 def _side(config: ModelConfig, setting: Setting, span: ImageSpan, num_text: int, merging: int) -> Side:
-    text, layout = config.text, TokenLayout((num_text, span) if num_text else (span,))
+    text, picture = config.text, TokenLayout((span,) * setting.num_runs)
+    layout = TokenLayout((num_text, *picture.segments)) if num_text else picture
     seen = setting.num_views * (encoder_flops(config.vision) + projector_flops(config)) + merging
     return Side(
-        rows=span.length,
-        kv_rows=span.num_kept,
+        rows=picture.length,
+        kv_rows=picture.num_kept,
         vision_flops=seen if fits_tower(config, setting) else None,
-        visual_flops=decoder_flops(text, TokenLayout((span,))),
+        visual_flops=decoder_flops(text, picture),
         prefill_flops=decoder_flops(text, layout) + head_flops(text),
         decode_flops=decode_flops(text, layout.num_kept),
-        picture_kv_bytes=kv_bytes(text, span.num_kept, BYTES),
+        picture_kv_bytes=kv_bytes(text, picture.num_kept, BYTES),
         kv_bytes=kv_bytes(text, layout.num_kept, BYTES),
     )

@@ -34,6 +34,10 @@ class Setting:
     """Whether attention chooses what is retained, that of CLS where there is one; or else it is a fixed part."""
     num_unpooled: int = 0
     """Retained tokens that the first summary leaves out."""
+    num_runs: int = 1
+    """Runs of rows that one picture becomes, each split alike."""
+    is_own: bool = False
+    """Whether it was made for the model that it is asked of, so that its own tower sees those views."""
     printed: Printed = field(default_factory=Printed)
 
     def __post_init__(self) -> None:

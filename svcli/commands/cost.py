@@ -132,7 +132,9 @@ def find_gpu(name: str | None) -> Gpu | None:
 
 def find_setting(subject: Subject, preset: str | None, skip: str | None) -> Setting | None:
     """None where a known model is to be shown with all presets. Raises UsageError."""
+    from skipvision.config import RANKED
     from skipvision.presets import PRESETS, Setting
+    from skipvision.tiles import cut_picture, token_counts
 
     if preset is not None and skip is not None:
         raise UsageError("--preset and --skip: name one of them")
@@ -140,12 +142,24 @@ def find_setting(subject: Subject, preset: str | None, skip: str | None) -> Sett
         if preset not in PRESETS:
             raise UsageError(f"--preset {preset}: choose among {', '.join(PRESETS)}")
         return PRESETS[preset]
-    tokens, own = subject.config.num_tokens, subject.config.skip
+    config, own = subject.config, subject.config.skip
     if skip is not None:
-        return Setting("as asked for", tokens, *parse_counts(skip), is_ranked=subject.config.resampler is None)
+        own = config.skip_of(*parse_counts(skip))
     if own is not None:
-        ranked, unpooled = own.selector == "cls_attention", own.num_unpooled
-        return Setting("its own", tokens, own.num_retained, own.num_skipped, is_ranked=ranked, num_unpooled=unpooled)
+        title, cut = "its own" if skip is None else "as asked for", cut_picture(config, *_LARGE)
+        counts = token_counts(config, cut)
+        is_joined = config.tiles is not None and config.tiles.is_joined
+        return Setting(
+            title if config.tiles is None else f"{title}, of a picture of {_LARGE[0]} x {_LARGE[1]} in tiles",
+            counts[0],
+            own.num_retained,
+            min(own.num_skipped, counts[0] - own.num_retained) if is_joined else own.num_skipped,
+            num_views=cut.num_views,
+            is_ranked=own.selector in RANKED,
+            num_unpooled=own.num_unpooled,
+            num_runs=len(counts),
+            is_own=True,
+        )
     if subject.known is None:
         raise UsageError(f"{subject.name} does not skip; name a setting by --skip, such as --skip 64/64")
     return None
@@ -219,6 +233,8 @@ def _render_presets(subject: Subject, every: dict[str, Estimate], num_text: int)
 def _render(subject: Subject, setting: Setting, found: Estimate, num_text: int, gpu: Gpu | None) -> None:
     dense, skipped, printed = found.dense, found.skipped, setting.printed
     split = f"{setting.num_retained} retained and {setting.num_skipped} skipped of {setting.num_tokens}"
+    if setting.num_runs > 1:
+        split += f", in each of {setting.num_runs} views"
     ui.show(_head(subject))
     rows = [
         _rows("rows of the picture", dense.rows, skipped.rows),

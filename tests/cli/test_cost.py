@@ -130,3 +130,14 @@ def test_folders_that_are_no_models_are_named(tmp_path: Path, checkpoint: Path) 
 
 def test_counts_are_two_numbers() -> None:
     assert parse_counts("100/156") == (100, 156)
+
+
+def test_a_model_with_tiles_is_shown_on_a_picture_in_tiles() -> None:
+    shown = " ".join(cost("SmolVLM-256M-Instruct", "--skip", "16/16").stdout.split())
+    assert "of a picture of 672 x 672 in tiles: 16 retained and 16 skipped of 64, in each of 17 views" in shown
+    assert "rows of the picture 1,088 578" in shown  # 17 of 64, and of 16 + 16 and two summaries
+    assert "KV rows of the picture 1,088 306" in shown
+    joined = json.loads(cost("llava-v1.6-vicuna-7b-hf", "--skip", "576/576", "--json").stdout)["settings"]["setting"]
+    assert (joined["dense"]["rows"], joined["skipped"]["rows"], joined["skipped"]["kv_rows"]) == (2928, 1154, 578)
+    assert joined["dense"]["vision_flops"] > 5 * 350e9  # five views
+    assert "at most 4 tokens can be skipped" in cost("SmolVLM-256M-Instruct", "--skip", "60/16", code=2).stderr
