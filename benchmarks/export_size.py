@@ -22,57 +22,45 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks.measuring import RESULTS, surroundings, write_results
-from skipvision.config import ModelConfig, TextConfig
-from skipvision.known_models import KNOWN_MODELS, known_model
-from skipvision.layout import TokenLayout
+from skipvision.config import ModelConfig
+from skipvision.known_models import KNOWN_MODELS
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from svcli_engines.onnx_engine import OnnxEngine
 from svcli_export.agreement import CHECK_QUESTION
 from svcli_export.bundle import export_bundle
-from svcli_export.chat import ChatTokenizer, Message
+from svcli_export.chat import ChatTokenizer
 from svcli_export.contract import Precision
 from svcli_export.manifest import load_manifest
-from svcli_export.source import Source
+from svcli_export.samples import sample_of
+from svcli_export.source import Source, own_chat, own_image
 from svcli_export.weights import Piece, TensorInfo, write_safetensors
 
 RESULT = RESULTS / "export_size.json"
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int4")
-_CONTEXT = 1024
+_PICTURE = 672, 672
+"""Height and width of the one that is asked about."""
 _NUM_ANSWER = 16
 _EVERY = 0.02
 """Seconds between two looks at the memory."""
 
 
+_MODELS = ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava-hf/llava-1.5-7b-hf")
+
+
 def models() -> dict[str, ModelConfig]:
     """Shapes by name."""
-    known = KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"].config
-    onevision = known_model("llava-onevision-qwen2-0.5b-ov-hf")
-    if onevision is not None and onevision.family.is_computed:
-        small = {"llava-hf/llava-onevision-qwen2-0.5b-ov-hf": onevision.config}
-    else:  # its decoder and the sizes of its tower; CLS, and no biases of query, key and value
-        tower = replace(
-            known.vision,
-            image_size=378,
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_layers=27,
-            feature_layers=(26,),
-            select_layer=26,
-        )
-        text = TextConfig(152000, 896, 4864, 24, 14, 2, 64, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=True)
-        small = {"about llava-onevision-qwen2-0.5b": replace(known, vision=tower, text=text, projector_size=896)}
-    return small | {"llava-hf/llava-1.5-7b-hf": known}
+    return {name: KNOWN_MODELS[name].config for name in _MODELS}
 
 
 def write_random(config: ModelConfig, path: Path) -> None:
@@ -168,10 +156,9 @@ def export(config: ModelConfig, weights: Path, bundle: Path, precision: Precisio
                 stages[running] = {"seconds": now - since} | memory.since_last()
             running, since = what, now
 
-        source = Source(read_random(config, weights), tokenizer, CHAT_TEMPLATE, None)
-        manifest = export_bundle(
-            source, bundle, precision=precision, max_context=_CONTEXT, max_images=1, progress=progress
-        )
+        chat_format = own_chat(weights.parent, tokenizer, CHAT_TEMPLATE)
+        source = Source(read_random(config, weights), tokenizer, chat_format, own_image(config.vision))
+        manifest = export_bundle(source, bundle, precision=precision, max_images=1, progress=progress)
         seconds, most = time.perf_counter() - begin, memory.stop()
     return {
         "seconds": seconds,
@@ -189,11 +176,10 @@ def chat(bundle: Path) -> dict[str, Any]:
         begin = time.perf_counter()
         manifest = load_manifest(bundle)
         engine = OnnxEngine(bundle, manifest)
-        size = manifest.image.image_size
-        prompt = ChatTokenizer.load(bundle, manifest.chat.template).encode([Message("user", CHECK_QUESTION, images=1)])
-        layout = TokenLayout.of(prompt, manifest.chat.image_id, manifest.config)
-        pixels = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-        found: dict[str, Any] = {"rows": layout.num_kept}
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*_PICTURE, 3), np.uint8))
+        tokenizer = ChatTokenizer.load(bundle, manifest.chat.template)
+        sample = sample_of(picture, CHECK_QUESTION, manifest.config, tokenizer, manifest.image, manifest.chat)
+        found: dict[str, Any] = {"rows": sample.layout.num_kept, "views": sample.cut.num_views}
 
         def timed(name: str, work: Callable[[], Any]) -> Any:
             start = time.perf_counter()
@@ -204,8 +190,8 @@ def chat(bundle: Path) -> dict[str, Any]:
 
         found["open_seconds"] = time.perf_counter() - begin
         found["open_memory"] = memory.since_last()
-        visual = timed("vision", lambda: engine.encode(pixels))
-        logits = timed("prefill", lambda: engine.prefill(prompt, visual, layout))
+        visual = timed("vision", lambda: engine.encode(sample.pixels, sample.cut))
+        logits = timed("prefill", lambda: engine.prefill(list(sample.prompt), visual, sample.layout))
         found["first_token_seconds"] = time.perf_counter() - begin
         logits = timed("first_decode", lambda: engine.extend([int(logits.argmax())]))
         start = time.perf_counter()

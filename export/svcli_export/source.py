@@ -99,17 +99,11 @@ def read_source(
         asked = skip(known)
         if read.config.tiles != known.tiles:
             raise SourceError(f"{folder}: its processor cuts pictures into other tiles than its config.json says")
-        model = load_published(folder, _stored_dtype(folder), progress, tower=tower, skip=asked)
+        model = load_published(folder, stored_dtype(folder), progress, tower=tower, skip=asked)
         return Source(model, read.tokenizer, read.chat, read.image)
     model = load_checkpoint(folder)
     tokenizer, template = _read(folder / TOKENIZER_FILE), _read(folder / "chat_template.jinja")
-    return Source(model, tokenizer, _own_chat(folder, tokenizer, template), own_image(model.config.vision))
-
-
-def read_published(folder: Path, tokenizer: str, template: str) -> Source:
-    """A published model that is spoken to, and sees, as models do that are trained here; for benchmarks."""
-    model = load_published(folder, _stored_dtype(folder))
-    return Source(model, tokenizer, _own_chat(folder, tokenizer, template), own_image(model.config.vision))
+    return Source(model, tokenizer, own_chat(folder, tokenizer, template), own_image(model.config.vision))
 
 
 def own_image(vision: VisionConfig) -> ImageProcessing:
@@ -117,7 +111,7 @@ def own_image(vision: VisionConfig) -> ImageProcessing:
     return ImageProcessing(image_size=vision.image_size, mean=vision.image_mean, std=vision.image_std)
 
 
-def _own_chat(folder: Path, tokenizer_json: str, template: str) -> ChatFormat:
+def own_chat(folder: Path, tokenizer_json: str, template: str) -> ChatFormat:
     """How models that are trained here are spoken to."""
     try:
         tokenizer = ChatTokenizer(tokenizer_json, template).tokenizer
@@ -131,7 +125,7 @@ def _own_chat(folder: Path, tokenizer_json: str, template: str) -> ChatFormat:
     return ChatFormat(template=template, image_id=image_id, stop_ids=(end_id,))
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
     """Of the first matrix; fp32 where there is none to be found, which loading then says better."""
     for path in sorted(folder.glob("*.safetensors")):
         with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:

@@ -20,7 +20,7 @@ from skipvision.published import load_published
 from svcli_export.bundle import export_bundle
 from svcli_export.contract import Precision
 from svcli_export.manifest import BundleError, load_manifest
-from svcli_export.source import SourceError, read_published, read_source
+from svcli_export.source import Source, SourceError, own_chat, own_image, read_source, stored_dtype
 from tests.export.tiny import SKIP, tiny_checkpoint, tiny_config
 
 
@@ -121,7 +121,9 @@ def test_a_published_model_comes_in_its_own_dtype_and_is_exported_from_it(tmp_pa
     write_checkpoint(small, tmp_path / "published")
     tokens = tiny_checkpoint(tmp_path / "tokens")
     tokenizer, template = ((tokens / name).read_text() for name in ("tokenizer.json", "chat_template.jinja"))
-    source = read_published(tmp_path / "published", tokenizer, template)
+    folder = tmp_path / "published"
+    model = load_published(folder, stored_dtype(folder))
+    source = Source(model, tokenizer, own_chat(folder, tokenizer, template), own_image(model.config.vision))
     assert {parameter.dtype for parameter in source.model.parameters()} == {torch.float16}
     for precision in ("fp16", "int4"):
         output = tmp_path / precision
