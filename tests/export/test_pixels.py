@@ -58,9 +58,13 @@ class Pair:
         return to_views(picture, seen.processing, seen.config, is_alone)
 
     def check(self, picture: Image.Image) -> None:
-        found = self.views(picture).pixels
+        views = self.views(picture)
+        found, expected = views.pixels, np.array(self.processor(picture)["pixel_values"])
         assert found.dtype == np.float32
-        expected = np.array(self.processor(picture)["pixel_values"])
+        if self.config.tiles is not None and self.config.tiles.is_joined and not views.cut.rows:
+            # A strip of whose mosaic no line would be left: here the thumbnail alone.
+            assert max(picture.size) > 2 * min(picture.size)
+            expected = expected.reshape(-1, *found.shape[1:])[:1]
         assert found.size == expected.size
         np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=0, atol=BOUND)
 
