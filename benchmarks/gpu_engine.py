@@ -64,11 +64,11 @@ def subjects(bundle: Path, pictures: Sequence[Path]) -> dict[str, Subject]:
     """`dense` and `skipped`, of the same weights, on the same pictures and question."""
     manifest = load_manifest(bundle)
     processor, skipped = Processor(bundle, manifest), restore_model(bundle, manifest)
-    ids = processor.prompt([Message("user", CHECK_QUESTION, images=1)]).ids
+    asked = processor.prompt([Message("user", CHECK_QUESTION, images=1)])
     pixels = {path.name: processor.pixels([Image.open(path).convert("RGB")]) for path in pictures}
     found = {}
     for name, model in (("dense", skipped.with_skip(None)), ("skipped", skipped)):
-        prompt = Prompt(ids, TokenLayout.of(ids, manifest.chat.image_id, model.config))
+        prompt = Prompt(asked.ids, TokenLayout.of(asked.ids, manifest.chat.image_id, model.config), asked.cuts)
         found[name] = Subject(model, tuple(Sample(picture, each, prompt) for picture, each in pixels.items()))
     return found
 

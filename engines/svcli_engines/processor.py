@@ -29,7 +29,7 @@ class Prompt:
 
     ids: list[int]
     layout: TokenLayout
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[Cut, ...]
     """Of the pictures, in order."""
 
 

@@ -88,8 +88,12 @@ def test_what_is_no_picture_is_refused(
 
 
 def test_a_file_that_may_not_be_read_is_refused(bundle: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+    really = Path.open
+
+    def deny(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == picture:
+            raise PermissionError(13, "Permission denied")
+        return really(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", deny)
     done = chat(picture, "what is this?", "--model", bundle)

@@ -33,8 +33,8 @@ def told(*arguments: str | Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def blue(picture: Path) -> Path:
-    path = picture.with_name("blue.png")
+def blue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("profile") / "blue.png"
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     Image.fromarray(noise).save(path)
     return path
@@ -49,6 +49,7 @@ def test_one_object_says_everything(bundle: Path, picture: Path, blue: Path) -> 
         "num_skipped": 4,
         "selector": "cls_attention",
         "visibility": "image",
+        "num_unpooled": 0,
         "trained": True,
     }
     assert list(found["rows"]) == list(GROUPS)
@@ -198,7 +199,7 @@ def test_a_plain_model_asks_for_a_setting(checkpoint: Path, picture: Path, tmp_p
     save_checkpoint(load_checkpoint(checkpoint).with_skip(None), tmp_path / "plain", texts[0], texts[1])
     done = profile(tmp_path / "plain", picture, code=2)
     assert done.stderr.splitlines()[-1] == (
-        "Error: this model does not skip; name a setting by --skip, such as --skip 64/64"
+        "Error: this model does not skip; name a setting by --skip, such as --skip 64/64, or by --preset"
     )
 
 
