@@ -55,7 +55,15 @@ def test_it_is_exported_asked_and_looked_at(smolvlm: Path, picture: Path, tmp_pa
 def test_made_to_skip_it_says_once_what_to_expect(smolvlm: Path, picture: Path, tmp_path: Path) -> None:
     done = run("export", smolvlm, "-o", tmp_path / "skipping", "--skip", "6/5")
     assert words(done.stderr).count(UNTRAINED) == 1
-    ask = ["chat", "--model", tmp_path / "skipping", picture, "what is this?", "--max-new-tokens", "3"]
+    ask: list[str | Path] = [
+        "chat",
+        "--model",
+        tmp_path / "skipping",
+        picture,
+        "what is this?",
+        "--max-new-tokens",
+        "3",
+    ]
     assert words(run(*ask).stderr).count(UNTRAINED) == 1
     assert UNTRAINED not in run(*ask, "--quiet").stderr
     said = json.loads(run(*ask, "--json").stdout)
