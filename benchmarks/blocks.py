@@ -330,7 +330,9 @@ def smollm2() -> str:
 
 def smollm2_texts() -> str:
     """The same, and whether they say the same."""
-    found = result("smollm2")["texts"]
+    found = result("smollm2").get("texts")
+    if found is None:
+        raise NotMeasuredError("the texts are missing: run `python -m benchmarks.smollm2` with `--part texts`")
     rows = [
         [
             f"{each['precision']}, {_TEXT_ENGINES[each['engine']]}",
