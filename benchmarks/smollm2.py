@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -225,8 +225,10 @@ def main() -> None:
     results = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
     around = surroundings(options.threads)
     around["versions"] |= versions()
-    parts = {"texts": lambda: compare_texts(models, options.threads)}
-    parts["speed"] = lambda: measure(models, options.threads, options.rounds)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "texts": lambda: compare_texts(models, options.threads),
+        "speed": lambda: measure(models, options.threads, options.rounds),
+    }
     for name, run in parts.items():
         if options.part in ("all", name):
             results[name] = around | run()
