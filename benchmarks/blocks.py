@@ -310,6 +310,58 @@ def _on_gpu(found: Any) -> str:
     return f"{found['gpu']}, torch {found['versions']['torch']}, {found['date']}."
 
 
+_TEXT_ENGINES = {
+    "ours": "ours",
+    "ours_torch": "ours in PyTorch",
+    "transformers": "transformers",
+    "genai": "onnxruntime-genai",
+    "llama_cpp": "llama.cpp",
+}
+
+
+def smollm2() -> str:
+    """Plain text, beside other engines: how fast."""
+    found = result("smollm2")["speed"]
+    rows = []
+    for precision, engines in found["decode"].items():
+        for name, row in engines.items():
+            cells = []
+            for each in (row, found["prefill"][precision][name]):
+                times = each.get("ours_times")
+                cells.append(f"{each['median']:.0f} ({each['p10']:.0f} to {each['p90']:.0f})")
+                cells.append(f"{times['ratio']:.2f} ({times['low']:.2f} to {times['high']:.2f})" if times else "")
+            rows.append([f"{precision}, {_TEXT_ENGINES[name]}", *cells])
+    versions = ", ".join(
+        f"{name} {found['versions'][name]}" for name in ("transformers", "onnxruntime-genai", "llama-cpp-python")
+    )
+    return (
+        table(["", "decode, tokens/s", "ours to it", "prefill, tokens/s", "ours to it"], rows)
+        + "\n\nMedians of alternating rounds, with the 10th and 90th percentile; above 1 ours is faster,"
+        + f" with its 95 % interval. {found['decode']['fp32']['ours']['runs']} rounds; {on_machine(found)},"
+        + f" {versions}."
+    )
+
+
+def smollm2_texts() -> str:
+    """The same, and whether they say the same."""
+    found = result("smollm2").get("texts")
+    if found is None:
+        raise NotMeasuredError("the texts are missing: run `python -m benchmarks.smollm2` with `--part texts`")
+    rows = [
+        [
+            f"{each['precision']}, {_TEXT_ENGINES[each['engine']]}",
+            f"{each['equal']} of {found['prompts']}",
+            f"{each['same_tokens']:.1f}",
+        ]
+        for each in found["engines"]
+    ]
+    return (
+        table(["", "equal texts", "tokens before the first other one"], rows)
+        + f"\n\n{found['prompts']} prompts, {found['tokens']} greedy tokens each, held against transformers in fp32."
+        + f" There the best logit is never less than {found['smallest_gap']:.2g} above the next."
+    )
+
+
 def families() -> str:
     """What is known of the models that people have, a row for each family."""
     rows = []
@@ -458,6 +510,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "gpu": gpu,
     "gpu_engine": gpu_engine,
+    "smollm2": smollm2,
+    "smollm2_texts": smollm2_texts,
     "families": families,
     "loading": loading,
     "profile": profile,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnxruntime import InferenceSession, OrtValue
+from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 from skipvision.layout import TokenLayout, read_ids
 from skipvision.tiles import Cut
@@ -44,6 +44,7 @@ class OnnxEngine:
         self._device: Provider = provider
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
         self._sessions: dict[GraphName, InferenceSession] = {}
+        self._bindings: dict[GraphName, IOBinding] = {}
         self._length = 0
         self._next_position = 0
         self._session("prefill")  # an unusable provider shows here and not in the middle of a chat
@@ -112,22 +113,30 @@ class OnnxEngine:
         self._length = self._next_position = 0
 
     def close(self) -> None:
+        self._bindings.clear()
         self._sessions.clear()
         self._caches.clear()
 
     def _run(self, graph: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> Logits:
         """Past and present are the same buffers, so that TensorScatter writes rows and copies nothing."""
         session = self._session(graph)
-        binding = session.io_binding()
+        if graph not in self._bindings:
+            self._bindings[graph] = self._bind(session)
+        binding = self._bindings[graph]
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
+        session.run_with_iobinding(binding)
+        logits: Logits = self._logits.numpy()[0].copy()
+        return logits
+
+    def _bind(self, session: InferenceSession) -> IOBinding:
+        """What stays from step to step: hundreds of names in a deep model."""
+        binding = session.io_binding()
         for (layer, part), cache in self._caches.items():
             binding.bind_ortvalue_input(past_name(layer, part), cache)
             binding.bind_ortvalue_output(present_name(layer, part), cache)
         binding.bind_ortvalue_output("logits", self._logits)
-        session.run_with_iobinding(binding)
-        logits: Logits = self._logits.numpy()[0].copy()
-        return logits
+        return binding
 
     def _session(self, graph: GraphName) -> InferenceSession:
         if graph not in self._sessions:

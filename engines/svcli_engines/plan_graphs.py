@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PLAN_OPSET = 24
 """The first that has TensorScatter."""
-_CACHE_WRITE = "CacheWrite"
+_CACHE_WRITE, _CACHE_READ = "CacheWrite", "CacheRead"
 
 
 class GraphError(ValueError):
@@ -62,7 +62,7 @@ def adapt(model: ModelProto, backend: Backend) -> ModelProto:
     has_cache = _update_in_place(adapted.graph)
     if backend == "tensorrt":
         split_pools(adapted)
-    functions = [function for function in adapted.functions if function.name != _CACHE_WRITE]
+    functions = [function for function in adapted.functions if function.name not in (_CACHE_WRITE, _CACHE_READ)]
     del adapted.functions[:]
     adapted.functions.extend(functions)
     for versions in (adapted.opset_import, *(function.opset_import for function in adapted.functions)):
@@ -177,11 +177,17 @@ def _read(bundle: Path, manifest: Manifest, phase: GraphName) -> ModelProto:
 
 
 def _update_in_place(graph: GraphProto) -> bool:
-    """TensorScatter for each CacheWrite, from the first of its consecutive slots on. Returns whether there was any."""
+    """TensorScatter for each CacheWrite, from the first of its consecutive slots on; whole buffers for what CacheRead
+    cuts off them, since the mask hides the rest. Returns whether anything was written."""
     nodes: list[NodeProto] = []
     starts: dict[str, str] = {}
     bounds = [f"{_CACHE_WRITE}.{bound}" for bound in (0, 1)]
+    whole: dict[str, str] = {}
     for node in graph.node:
+        node.input[:] = [whole.get(name, name) for name in node.input]
+        if (node.domain, node.op_type) == (CUSTOM_DOMAIN, _CACHE_READ):
+            whole[node.output[0]] = node.input[0]
+            continue
         if (node.domain, node.op_type) != (CUSTOM_DOMAIN, _CACHE_WRITE):
             nodes.append(node)
             continue

@@ -168,19 +168,24 @@ def _mask(g: DecoderGraph, query_positions: str, name: str) -> str:
 
 
 def decode_graph(config: ModelConfig, contract: Contract, weights: WeightFile) -> onnx.ModelProto:
-    """n new ids behind the cache. Each attends to the buffers up to itself."""
+    """n new ids behind the cache. Each attends to the rows in use up to itself."""
     g = DecoderGraph("decode", config, contract, weights)
     hidden = g.embed()
     width = g.text.num_heads * g.text.head_dim
     num_new = g.op("Shape", "input_ids", name="num_new", start=1, end=2)
     slots = g.slots("write_index", num_new)
     own_slots = g.op("Unsqueeze", slots, g.ints(0, 1, 3), name="own_slots")
-    all_slots = g.constant(np.arange(contract.capacity, dtype=np.int64), "all_slots")
-    mask = g.op("LessOrEqual", all_slots, own_slots, name="mask")
+    length = g.op("Add", "write_index", num_new, name="length")
+    all_slots = g.constant(np.arange(contract.capacity, dtype=np.int64).reshape(1, 1, -1, 1), "all_slots")
+    used_slots = g.op(
+        "Transpose", g.op("CacheRead", all_slots, length, name="used"), name="used_slots", perm=[0, 1, 3, 2]
+    )
+    mask = g.op("LessOrEqual", used_slots, own_slots, name="mask")
     for layer in range(config.text.num_layers):
         with g.scope(f"decoder.layers.{layer}"):
             normed = g.norm(hidden, f"decoder.layers.{layer}.norm1")
-            keys, values = g.write_cache(layer, g.key_value(normed, layer, "position_ids"), slots)
+            buffers = g.write_cache(layer, g.key_value(normed, layer, "position_ids"), slots)
+            keys, values = (g.op("CacheRead", buffer, length, name="used") for buffer in buffers)
             query = g.heads(g.query(normed, layer, "position_ids"), g.text.num_heads, "query_heads")
             mixed = g.op("Attention", query, keys, values, mask, name="attention")
             merged = g.op("Transpose", mixed, name="mixed", perm=[0, 2, 1, 3])

@@ -58,10 +58,24 @@ def cache_write_function() -> FunctionProto:
     return own_function("CacheWrite", ["past", "rows", "slots"], ["present"], nodes, [])
 
 
+def cache_read_function() -> FunctionProto:
+    """`CacheRead(buffer, length) -> rows`: the rows in use, so that attention costs what they do and not the capacity.
+
+    TensorRT's shapes may not depend on a value: for plans it is left out, since the mask hides the other rows.
+    """
+    nodes = [
+        helper.make_node("Constant", [], ["first"], value_ints=[0]),
+        helper.make_node("Constant", [], ["axis"], value_ints=[2]),
+        helper.make_node("Slice", ["buffer", "first", "length", "axis"], ["rows"]),
+    ]
+    return own_function("CacheRead", ["buffer", "length"], ["rows"], nodes, [])
+
+
 FUNCTIONS = {
     "TokenGather": token_gather_function,
     "SummaryPool": summary_pool_function,
     "CacheWrite": cache_write_function,
+    "CacheRead": cache_read_function,
 }
 
 

@@ -55,3 +55,15 @@ def cache_write(past: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
 @cache_write.register_fake
 def _cache_write_shape(past: Tensor, rows: Tensor, slots: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(past)
+
+
+@torch.library.custom_op("svcli::cache_read", mutates_args=())
+def cache_read(buffer: Tensor, length: Tensor) -> Tensor:
+    """The first `length` [1] (int64) rows of `buffer` [1, G, C, d]."""
+    return buffer[:, :, : int(length)].clone()
+
+
+@cache_read.register_fake
+def _cache_read_shape(buffer: Tensor, length: Tensor) -> Tensor:  # noqa: ARG001
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return buffer.new_empty(*buffer.shape[:2], rows, buffer.shape[3])

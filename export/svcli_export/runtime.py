@@ -30,6 +30,10 @@ _FUSES_INT8 = (1, 24)
 """ONNX Runtime 1.23, the last for Python 3.10, has no 8 bit kernel for one scale per channel."""
 
 
+_SPINS_BRIEFLY = (1, 31)
+"""The oldest ONNX Runtime in which the length of spinning was tried; without one, threads spin far too long."""
+
+
 class ProviderError(ValueError):
     """What this installation of ONNX Runtime cannot do; one sentence with what mends it."""
 
@@ -46,8 +50,13 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
-    # On a busy machine threads that spin take the cores from those that work.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A step has hundreds of products, and waking a thread for each takes as long as a small one. On a busy machine
+    # threads that spin take the cores from those that work, so they do it for 20 us only, and never between steps.
+    spins = _version() >= _SPINS_BRIEFLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
+    if spins:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if _version() >= _FUSES_INT8:
         # DequantizeLinear + MatMul become one 8 bit kernel. Level 4 lets it use the CPU's int8 dot products; -1 lets it
         # choose how many weights share a scale.

@@ -149,7 +149,7 @@ def test_sessions_show_the_contract(tmp_path: Path) -> None:
 def test_custom_ops_carry_the_plugin_namespace_and_a_body(tmp_path: Path) -> None:
     graphs = write(tmp_path, "skip", "fp32").graphs
     ours = [node for graph in graphs.values() for node in graph.graph.node if node.domain == "svcli"]
-    assert {node.op_type for node in ours} == {"TokenGather", "SummaryPool", "CacheWrite"}
+    assert {node.op_type for node in ours} == {"TokenGather", "SummaryPool", "CacheWrite", "CacheRead"}
     for node in ours:
         namespace = [attribute.s for attribute in node.attribute if attribute.name == "plugin_namespace"]
         assert namespace == [b"svcli"]
@@ -171,7 +171,7 @@ def test_onnxruntime_inlines_the_bodies_and_fuses_what_is_quantised(
         open_session(tmp_path / spec.file)
         nodes = onnx.load(str(tmp_path / "optimised.onnx"), load_external_data=False).graph.node
         ops = {node.op_type for node in nodes}
-        assert not ops & {"TokenGather", "SummaryPool", "CacheWrite", "DequantizeLinear"}
+        assert not ops & {"TokenGather", "SummaryPool", "CacheWrite", "CacheRead", "DequantizeLinear"}
         products = [{each.name: each.i for each in node.attribute} for node in nodes if node.op_type == "MatMulNBits"]
         in_graph = sum(node.op_type == "DequantizeLinear" for node in written.graphs[spec.name].graph.node)
         assert len(products) == in_graph > 0

@@ -25,7 +25,7 @@ def run_node(op_type: str, feeds: dict[str, np.ndarray[Any, Any]], **attributes:
         for name, value in feeds.items()
     ]
     output_type = helper.np_dtype_to_tensor_dtype(next(iter(feeds.values())).dtype)
-    assert output_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+    assert output_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64)
     graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("out", output_type, None)])
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("svcli", 1)]
     model = helper.make_model(graph, functions=[FUNCTIONS[op_type]()], opset_imports=opsets, ir_version=11)
@@ -81,9 +81,20 @@ def test_cache_write_function_equals_its_reference(first: int, count: int, dtype
     np.testing.assert_array_equal(run_node("CacheWrite", {"past": past, "rows": rows, "slots": slots}), expected)
 
 
+@settings(max_examples=20, deadline=None)
+@given(length=st.integers(1, 7), dtype=st.sampled_from([np.float32, np.float16, np.int64]))
+def test_cache_read_function_equals_its_reference(length: int, dtype: type[np.generic]) -> None:
+    buffer = np.random.default_rng(length).integers(-9, 9, (1, 2, 7, 3)).astype(dtype)
+    count = np.array([length])
+    expected = ops.cache_read(torch.from_numpy(buffer), torch.from_numpy(count)).numpy()
+    np.testing.assert_array_equal(expected, buffer[:, :, :length])
+    np.testing.assert_array_equal(run_node("CacheRead", {"buffer": buffer, "length": count}), expected)
+
+
 def test_fake_shapes_are_the_real_ones() -> None:
     data, index = torch.randn(2, 5, 4), torch.tensor([[0, 4, 1], [2, 2, 2]])
     torch.library.opcheck(ops.token_gather, (data, index))
     vectors = torch.ones(4), torch.zeros(4), torch.ones(1, 4), torch.zeros(1)
     torch.library.opcheck(ops.summary_pool, (data, *vectors, 1e-5))
     torch.library.opcheck(ops.cache_write, (torch.randn(1, 2, 7, 4), torch.randn(1, 2, 2, 4), torch.tensor([3, 4])))
+    torch.library.opcheck(ops.cache_read, (torch.randn(1, 2, 7, 4), torch.tensor([3])))

@@ -1,0 +1,222 @@
+"""One engine for plain text in a process of its own: python -m benchmarks.text_engines ENGINE MODEL THREADS
+
+Every line of stdin is a JSON object: `ids`, and how many tokens follow, `new`. The answer is one too: the greedy
+`tokens`, whatever they are; `prefill`, the seconds to the first of them; `decode`, those of each other one; and `gaps`,
+how far each token's logit lies above the next best one, or 0 where the engine shows no logits.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from svcli_engines.base import Engine
+
+Logits = npt.NDArray[np.float32]
+Start = Callable[[Sequence[int]], tuple[Callable[[], int], Callable[[], float]]]
+"""Takes a prompt. Gives what makes the next token, each time it is called, and the gap of the last one."""
+
+
+def ours(model: Path, threads: int) -> Start:
+    """A bundle, as chat runs it."""
+    from svcli_engines.onnx_engine import OnnxEngine
+    from svcli_export.manifest import load_manifest
+
+    manifest = load_manifest(model)
+    return _engine(OnnxEngine(model, manifest, num_threads=threads))
+
+
+def ours_torch(model: Path, threads: int) -> Start:
+    """Our decoder in PyTorch, of a checkpoint."""
+    import torch
+
+    from skipvision.checkpoint import load_checkpoint
+    from svcli_engines.torch_engine import TorchEngine
+
+    torch.set_num_threads(threads)
+    return _engine(TorchEngine(load_checkpoint(model), capacity=CONTEXT))
+
+
+def _engine(engine: Engine) -> Start:
+    from skipvision.layout import TokenLayout
+
+    def start(ids: Sequence[int]) -> tuple[Callable[[], int], Callable[[], float]]:
+        steps = _Steps(
+            lambda: engine.prefill(ids, None, TokenLayout((len(ids),), "image")), lambda last: engine.extend([last])
+        )
+        return steps.next, steps.gap
+
+    return start
+
+
+def transformers(model: Path, threads: int) -> Start:
+    """A loop of our own around the model: `generate` does the same, and more around it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def start(ids: Sequence[int]) -> tuple[Callable[[], int], Callable[[], float]]:
+        cache: list[Any] = [None]
+
+        @torch.inference_mode()
+        def run(new: Sequence[int]) -> Logits:
+            output = network(torch.tensor([list(new)]), past_key_values=cache[0], use_cache=True, logits_to_keep=1)
+            cache[0] = output.past_key_values
+            return output.logits[0, -1].numpy()  # type: ignore[no-any-return]
+
+        steps = _Steps(lambda: run(ids), lambda last: run([last]))
+        return steps.next, steps.gap
+
+    return start
+
+
+def genai(model: Path, threads: int) -> Start:
+    """onnxruntime-genai picks the token itself. `threads` stands in the model's genai_config.json."""
+    import onnxruntime_genai as og
+
+    said = json.loads((model / "genai_config.json").read_text(encoding="utf-8"))
+    assert said["model"]["decoder"]["session_options"]["intra_op_num_threads"] == threads
+    network = og.Model(str(model))
+
+    def start(ids: Sequence[int]) -> tuple[Callable[[], int], Callable[[], float]]:
+        options = og.GeneratorParams(network)
+        options.set_search_options(do_sample=False, max_length=CONTEXT, batch_size=1)
+        generator = og.Generator(network, options)
+        waiting = [list(ids)]
+
+        def following() -> int:
+            if waiting:
+                generator.append_tokens(np.array(waiting.pop(), np.int32))
+            generator.generate_next_token()
+            return int(generator.get_next_tokens()[0])
+
+        return following, lambda: 0.0
+
+    return start
+
+
+def llama_cpp(model: Path, threads: int) -> Start:
+    """The KV cache is in fp32 where the weights are, or else in fp16, llama.cpp's default."""
+    import llama_cpp as lc
+
+    kind = lc.GGML_TYPE_F32 if model.stem == "fp32" else lc.GGML_TYPE_F16
+    network = lc.Llama(
+        str(model), n_ctx=CONTEXT, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads,
+        type_k=kind, type_v=kind, verbose=False,
+    )  # fmt: skip
+    size = network.n_vocab()
+
+    def run(new: Sequence[int]) -> Logits:
+        network.eval(new)
+        return np.ctypeslib.as_array(lc.llama_get_logits_ith(network.ctx, -1), (size,))
+
+    def start(ids: Sequence[int]) -> tuple[Callable[[], int], Callable[[], float]]:
+        network.reset()
+        steps = _Steps(lambda: run(ids), lambda last: run([last]))
+        return steps.next, steps.gap
+
+    return start
+
+
+CONTEXT = 1024
+"""Rows that every engine has room for."""
+ENGINES: dict[str, Callable[[Path, int], Start]] = {
+    "ours": ours,
+    "ours_torch": ours_torch,
+    "transformers": transformers,
+    "genai": genai,
+    "llama_cpp": llama_cpp,
+}
+PACKAGES = {"transformers": "transformers", "genai": "onnxruntime-genai", "llama_cpp": "llama-cpp-python"}
+
+
+class _Steps:
+    """Greedy tokens of what gives logits."""
+
+    def __init__(self, first: Callable[[], Logits], later: Callable[[int], Logits]) -> None:
+        self._first, self._later = first, later
+        self._last: int | None = None
+        self._logits = np.zeros(0, np.float32)
+
+    def next(self) -> int:
+        self._logits = self._first() if self._last is None else self._later(self._last)
+        self._last = int(self._logits.argmax())
+        return self._last
+
+    def gap(self) -> float:
+        second, best = np.partition(self._logits, -2)[-2:]
+        return float(best - second)
+
+
+class Worker:
+    """An engine's process, from the side that asks. It waits, and does nothing, between two questions."""
+
+    def __init__(self, engine: str, model: Path, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.text_engines", engine, str(model), str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, ids: Sequence[int], new: int) -> Any:
+        """What one generation gave. Raises SystemExit where the process has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"ids": list(ids), "new": new}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._process.args!r} ended")
+        return json.loads(line)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._process.communicate()
+
+
+def answers(start: Start, questions: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """One for each line."""
+    for line in questions:
+        question = json.loads(line)
+        begun = perf_counter()
+        following, gap = start(question["ids"])
+        tokens, times, gaps = [following()], [perf_counter()], []
+        gaps.append(gap())
+        decode = []
+        for _ in range(question["new"] - 1):
+            before = perf_counter()
+            tokens.append(following())
+            decode.append(perf_counter() - before)
+            gaps.append(gap())
+        yield {"tokens": tokens, "prefill": times[0] - begun, "decode": decode, "gaps": gaps}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are compared with."""
+    return {package: version(package) for package in PACKAGES.values()}
+
+
+def main() -> None:
+    if len(sys.argv) != 4 or sys.argv[1] not in ENGINES:
+        raise SystemExit(f"usage: python -m benchmarks.text_engines {{{','.join(ENGINES)}}} MODEL THREADS")
+    start = ENGINES[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    for answer in answers(start, iter(sys.stdin.readline, "")):
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
