@@ -66,7 +66,8 @@ def transformers(model: Path, threads: int) -> Start:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network.eval()
 
     def start(ids: Sequence[int]) -> tuple[Callable[[], int], Callable[[], float]]:
         cache: list[Any] = [None]

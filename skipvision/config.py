@@ -362,7 +362,7 @@ class ModelConfig:
         """Raises ConfigError for text that is no such config, an unknown key or a value out of range."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"not JSON: {error}") from None
         return from_mapping(ModelConfig, data)
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from skipvision.config import ConfigError, ModelConfig, TextConfig, TilesConfig, VisionConfig, require
@@ -124,6 +125,24 @@ FAMILIES: Mapping[str, Family] = {
     "llava_llama": Family("LLaVA-1.5, as its authors' code saves it", ("clip_vision_model",), "once"),
 }
 """By `model_type`. The first SmolVLMs were published as idefics3."""
+_COUNTS: Mapping[str, int] = {
+    "vocab_size": 2**21,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 4096,
+    "image_size": 2**14,
+    "patch_size": 1024,
+    "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
+}
+"""Whole numbers of a config.json, and more than any model has: a stranger's file must not ask for a year's work."""
+_REALS = ("layer_norm_eps", "rms_norm_eps")
+_LARGEST_REAL = 1e30
+_MOST_SIZES = 256
+_LONGEST_QUOTE = 80
 NAME_TOWER = "name the folder of that vision tower (--vision-tower)"
 _ORIGINAL = "llava_llama"
 """What LLaVA's own code saves. Its first versions called that `llava`, as transformers does its own models."""
@@ -164,6 +183,14 @@ def read_model(text: str, preprocessor: str | None = None, tower: str | None = N
     """
     data, processing = (_object(each) if each is not None else {} for each in (text, preprocessor))
     return parse_model(data, processing, None if tower is None else _object(tower))
+
+
+def picture_settings(folder: Path) -> str | None:
+    """What says how a folder's pictures are made: processor_config.json where that is nested in it, or else
+    preprocessor_config.json. Raises OSError or UnicodeDecodeError for a file that cannot be read."""
+    names = ("processor_config.json", "preprocessor_config.json")
+    texts = [(folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()]
+    return next((text for text in texts if '"image_processor"' in text), texts[-1] if texts else None)
 
 
 def read_tower(text: str, preprocessor: str | None = None) -> VisionConfig:
@@ -224,7 +251,7 @@ def read_decoder(text: str) -> TextConfig:
 def _object(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"not JSON: {error}") from None
     require(isinstance(data, dict), "not a JSON object")
     return dict(data)
@@ -241,7 +268,7 @@ def parse_model(
     family = FAMILIES.get(kind)
     if family is None:
         known = ", ".join(f"{name} ({each.name})" for name, each in FAMILIES.items())
-        raise ConfigError(f"unknown family model_type={data.get('model_type')!r}; known: {known}")
+        raise ConfigError(f"unknown family model_type={_short(data.get('model_type'))}; known: {known}")
     vision_data = _completed(data, "vision_config", {name: _VISION_DEFAULTS[name] for name in family.tower})
     text_data = _completed(data, "text_config", _TEXT_DEFAULTS)
     # As transformers does: the whole model's word counts, and of two families the decoder's as well.
@@ -316,21 +343,26 @@ def _original_text(data: Mapping[str, Any]) -> TextConfig:
 
 def _sizes(data: Mapping[str, Any], default: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
     given = data.get("image_grid_pinpoints")
-    given = default if given is None else given
-    try:
-        return tuple((int(height), int(width)) for height, width in given)
-    except (TypeError, ValueError):
-        raise ConfigError(f"image_grid_pinpoints: expected pairs of height and width, got {given!r}") from None
+    if given is None:
+        return default
+    pairs = given if isinstance(given, list | tuple) and len(given) <= _MOST_SIZES else []
+    sizes = [tuple(pair) for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2]
+    good = all(type(side) is int and 1 <= side <= _COUNTS["image_size"] for size in sizes for side in size)
+    require(
+        bool(sizes) and good and len(sizes) == len(given),
+        f"image_grid_pinpoints: expected up to {_MOST_SIZES} pairs of height and width, got {_short(given)}",
+    )
+    return tuple((height, width) for height, width in sizes)
 
 
 def _smolvlm(
     data: Mapping[str, Any], vision_data: Mapping[str, Any], text: TextConfig, processing: Mapping[str, Any]
 ) -> ModelConfig:
     vision = _vision(vision_data, -1)
-    processing = processing.get("image_processor", processing)  # as processor_config.json nests it
-    tile = processing.get("max_image_size", {}).get("longest_edge", vision.image_size)
+    processing = _table(processing, "image_processor") or processing  # as processor_config.json nests it
+    tile = _table(processing, "max_image_size").get("longest_edge", vision.image_size)
     _same("max_image_size.longest_edge", tile, vision.image_size)
-    longest = processing.get("size", {}).get("longest_edge", _SMOLVLM_VIEWS * vision.image_size)
+    longest = _table(processing, "size").get("longest_edge", _SMOLVLM_VIEWS * vision.image_size)
     good = type(longest) is int and 0 < longest <= _SMOLVLM_LONGEST
     require(good, f"size.longest_edge: expected 1 to {_SMOLVLM_LONGEST} pixels, got {longest!r}")
     is_cut = processing.get("do_image_splitting", True)
@@ -339,15 +371,26 @@ def _smolvlm(
         text=text,
         tiles=TilesConfig(longest_edge=longest) if is_cut else None,
         projector="linear",
-        pixel_shuffle=data.get("scale_factor", 2),
+        pixel_shuffle=_scale_factor(data),
         projector_norm=False,
         projector_position=False,
     )
 
 
+def _scale_factor(data: Mapping[str, Any]) -> int:
+    value = data.get("scale_factor", 2)
+    require(type(value) is int and 1 <= value <= 64, f"scale_factor: expected a whole number, got {_short(value)}")
+    return int(value)
+
+
 def _same(where: str, value: Any, known: Any) -> None:
     """Raises ConfigError for a value other than the one that is computed here; None is that one."""
-    require(value is None or value == known, f"{where}: {value!r} is not computed here, only {known!r}")
+    require(value is None or value == known, f"{where}: {_short(value)} is not computed here, only {known!r}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
 
 
 def _completed(data: Mapping[str, Any], part: str, defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -355,9 +398,23 @@ def _completed(data: Mapping[str, Any], part: str, defaults: Mapping[str, Mappin
     require(isinstance(given, dict), f"{part} is missing")
     assert isinstance(given, dict)
     kind = given.get("model_type")
-    require(kind in defaults, f"{part}.model_type: unknown {kind!r}; known: {', '.join(defaults)}")
+    known = isinstance(kind, str) and kind in defaults
+    require(known, f"{part}.model_type: unknown {_short(kind)}; known: {', '.join(defaults)}")
     stated = {name: value for name, value in given.items() if value is not None or name in _NULL_COUNTS}
+    for name, value in stated.items():
+        most = _COUNTS.get(name)
+        is_count = value is None or most is None or (type(value) is int and 1 <= value <= most)
+        require(is_count, f"{part}.{name}: expected a whole number from 1 to {most}, got {_short(value)}")
+        is_real = name not in _REALS or (type(value) in (int, float) and 0 < value < _LARGEST_REAL)
+        require(is_real, f"{part}.{name}: expected a positive number, got {_short(value)}")
     return {**defaults[str(kind)], **stated}
+
+
+def _table(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The table of that name, which may be left out. Raises ConfigError for anything else there."""
+    value = data.get(name)
+    require(value is None or isinstance(value, dict), f"{name}: expected a table, got {_short(value)}")
+    return value or {}
 
 
 def _vision(data: Mapping[str, Any], feature_layer: Any) -> VisionConfig:
@@ -389,7 +446,10 @@ def _vision(data: Mapping[str, Any], feature_layer: Any) -> VisionConfig:
 
 def _text(data: Mapping[str, Any]) -> TextConfig:
     heads = data["num_attention_heads"]
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope = _table(data, "rope_parameters") or _table(data, "rope_scaling")
+    theta = data.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    is_real = type(theta) in (int, float) and 0 < theta < _LARGEST_REAL
+    require(is_real, f"text_config.rope_theta: expected a positive number, got {_short(theta)}")
     _same("text_config.hidden_act", data.get("hidden_act"), "silu")
     _same("text_config.rope_parameters.rope_type", rope.get("rope_type", rope.get("type")), "default")
     for bias in ("attention_bias", "mlp_bias"):
@@ -405,7 +465,7 @@ def _text(data: Mapping[str, Any]) -> TextConfig:
         num_heads=heads,
         num_kv_heads=data.get("num_key_value_heads") or heads,
         head_dim=data.get("head_dim") or data["hidden_size"] // heads,
-        rope_theta=float(data.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        rope_theta=float(theta),
         rms_norm_eps=data["rms_norm_eps"],
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
         qkv_bias=kind == "qwen2",

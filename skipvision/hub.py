@@ -215,7 +215,7 @@ def shards(index: Path) -> list[str]:
     """Names of the files of an index. Raises HubError for what is no index, or names what is no file beside it."""
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HubError(f"{index}: unreadable ({error!r})") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):

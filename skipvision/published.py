@@ -20,12 +20,11 @@ from torch import Tensor
 
 from skipvision.checkpoint import CheckpointError, NoCheckpointError, first_misfit
 from skipvision.config import ConfigError, SkipConfig, TextConfig, VisionConfig
-from skipvision.families import NAME_TOWER, KnownModel, read_decoder, read_model, read_tower
+from skipvision.families import NAME_TOWER, KnownModel, picture_settings, read_decoder, read_model, read_tower
 from skipvision.model import SkipVisionModel
 
 _EMBEDDING, _HEAD_WEIGHT = "decoder.embed.weight", "decoder.head.weight"
 _CONFIG = "config.json"
-_PROCESSING = ("processor_config.json", "preprocessor_config.json")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _TOWER = r"(?:(?:model\.)?(?:(?:vision_tower\.){1,2}(?:vision_model\.)?|vision_model\.))?"
 _PROJECTOR = r"(?:model\.)?multi_modal_projector\."
@@ -120,7 +119,7 @@ def load_tower(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Vis
     """A vision tower alone, or that of a known model, by the names of `VisionEncoder`. Raises what `load_published`
     does."""
     try:
-        vision = read_tower(_read(directory, _CONFIG), _processing(directory))
+        vision = read_tower(_read(directory, _CONFIG), _picture_settings(directory))
     except ConfigError as error:
         raise ConfigError(f"{directory / _CONFIG}: {error}") from None
     tensors = _ours(directory, dtype, "vision.")
@@ -145,13 +144,16 @@ def read_known(directory: Path, tower: Path | None = None) -> KnownModel:
     text = _read(directory, _CONFIG)
     beside = None if tower is None else _read(tower, _CONFIG)
     try:
-        return read_model(text, _processing(directory), beside)
+        return read_model(text, _picture_settings(directory), beside)
     except ConfigError as error:
         raise ConfigError(f"{directory / _CONFIG}: {error}") from None
 
 
-def _processing(directory: Path) -> str | None:
-    return next((_read(directory, name) for name in _PROCESSING if (directory / name).is_file()), None)
+def _picture_settings(directory: Path) -> str | None:
+    try:
+        return picture_settings(directory)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{directory}: how its pictures are made is unreadable ({error})") from None
 
 
 def _read(directory: Path, name: str) -> str:
@@ -199,7 +201,10 @@ def _ours(
             found[whole] = tensor.to(dtype)
     for whole, given in parts.items():
         if given.keys() == {"q", "k", "v"}:
-            found[whole] = torch.cat([given["q"], given["k"], given["v"]])
+            try:
+                found[whole] = torch.cat([given["q"], given["k"], given["v"]])
+            except RuntimeError:
+                raise CheckpointError(f"{directory}: query, key and value of {whole} do not fit together") from None
     return found
 
 
@@ -241,7 +246,7 @@ def _files(directory: Path) -> list[str]:
         return [_SINGLE]
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: unreadable ({error!r}); download it again") from None
     if unlike := [file for file in files if not isinstance(file, str) or Path(file).name != file]:
         raise CheckpointError(f"{index}: {unlike[0]!r} is no file beside it")

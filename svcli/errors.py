@@ -79,7 +79,10 @@ def reported(command: Callable[Params, None]) -> Callable[Params, None]:
             raise typer.Exit(INTERRUPTED) from None
         except typer.Exit:
             raise
-        except Exception as error:
+        except BaseException as error:
+            # What is written in Rust panics in a way of its own, on a tokenizer.json that contradicts itself.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
                 silence_stdout()
             if isinstance(error, BrokenPipeError):
@@ -93,8 +96,10 @@ def reported(command: Callable[Params, None]) -> Callable[Params, None]:
     return run
 
 
-def explain(error: Exception) -> tuple[str, int]:
+def explain(error: BaseException) -> tuple[str, int]:
     """The sentence and the exit code for an exception."""
+    if type(error).__name__ == "PanicException":
+        return "the tokenizer.json of this model contradicts itself; download it again", FAILURE
     if isinstance(error, ValueError) and type(error).__module__.split(".")[0] in _PACKAGES:
         named = {each.__name__ for each in type(error).__mro__}
         if named & _LACKING:

@@ -83,6 +83,8 @@ class Conversation:
         self._seen: list[_Seen] = []
         self._cached: list[int] = []
         """Ids whose rows are in the engine's cache."""
+        self._rows = 0
+        """Rows of theirs. The engine has more where a turn was broken off between a step and its note here."""
         engine.reset()
 
     def reset(self) -> None:
@@ -111,7 +113,8 @@ class Conversation:
         seen, vision_seconds = self._timed(lambda: self._see(images, prompt.cuts))
         visual = together([each.visual for each in seen])
         known = len(self._cached)
-        extended = not images and 0 < known < len(prompt.ids) and prompt.ids[:known] == self._cached
+        whole = engine.length == self._rows and prompt.ids[:known] == self._cached
+        extended = not images and 0 < known < len(prompt.ids) and whole
         rows_before = engine.length if extended else 0
         if extended:
             logits, prefill_seconds = self._timed(lambda: engine.extend(prompt.ids[known:]))
@@ -120,13 +123,14 @@ class Conversation:
             logits, prefill_seconds = self._timed(lambda: engine.prefill(prompt.ids, visual, prompt.layout))
         num_prompt_rows = engine.length - rows_before
         self._cached, self._seen, self.messages = list(prompt.ids), seen, messages
+        self._rows = engine.length
         sampler, stream = Sampler(sampling), TextStream(self._processor)
         answer: list[int] = []
         first_token_seconds = decode_seconds = 0.0
         num_decoded = 0
         try:
             while True:
-                token = sampler.pick(logits)
+                token = sampler.pick(self._processor.sayable(logits))
                 first_token_seconds = first_token_seconds or perf_counter() - start
                 if token in self._processor.stop_ids:
                     stop: StopReason = "end"
@@ -139,6 +143,7 @@ class Conversation:
                     break
                 logits, seconds = self._timed(lambda: engine.extend(answer[-1:]))
                 self._cached.append(token)
+                self._rows = engine.length
                 decode_seconds, num_decoded = decode_seconds + seconds, num_decoded + 1
             if text := stream.flush():
                 yield Piece(text)

@@ -12,7 +12,7 @@ from PIL import Image
 from skipvision.config import ModelConfig
 from skipvision.layout import ImageSpan, TokenLayout, picture_spans
 from skipvision.tiles import Cut, cut_picture
-from svcli_engines.base import Pixels
+from svcli_engines.base import Logits, Pixels
 from svcli_export.chat import ChatTokenizer, Message
 from svcli_export.contract import Contract
 from svcli_export.manifest import Manifest
@@ -80,6 +80,15 @@ class Processor:
                 f"the conversation needs {layout.num_kept + 1} rows of context and there are {self.contract.capacity}"
             )
         return Prompt(ids, layout, cuts)
+
+    def sayable(self, logits: Logits) -> Logits:
+        """The same [vocab], but that a picture's placeholder is never said: it would stand for a picture later on."""
+        image_id = self.manifest.chat.image_id
+        if image_id >= len(logits):
+            return logits
+        said: Logits = logits.copy()
+        said[image_id] = -np.inf
+        return said
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from PIL import Image
+from PIL import Image, ImageOps
 
 import skipvision
 from skipvision.config import ModelConfig
@@ -196,8 +196,9 @@ def _check_pictures(paths: Sequence[Path], config: ModelConfig) -> list[Image.Im
     """The pictures at `paths`, or drawn test cards, the first of them large enough for several tiles."""
     if paths:
         try:
-            return [Image.open(path).convert("RGB") for path in paths]
-        except OSError as error:  # an unknown format is one too
+            return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
+        # An unknown format is an OSError, a damaged one may be any of these.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ExportError(f"a picture for the check cannot be read: {error}") from None
     first, *others = drawn_cards()
     if config.tiles is None:

@@ -92,7 +92,7 @@ def _original(folder: Path, model: Mapping[str, Any], config: ModelConfig) -> Pu
 def _check(folder: Path, tokenizer: str, chat: ChatFormat) -> None:
     try:
         ChatTokenizer(tokenizer, chat.template, chat.published)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise ProcessingError(f"{folder}: its chat template is broken ({error})") from None
     except ValueError as error:
         raise ProcessingError(f"{folder}: its tokenizer is not supported: {error}") from None

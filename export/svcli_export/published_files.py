@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,10 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ProcessingError(f"{folder / name}: not a JSON object; download it again")
     return data
+
+
+def is_published(folder: Path) -> bool:
+    """Whether its config.json is that of a model that was published for transformers."""
+    with suppress(OSError, UnicodeDecodeError):
+        return '"model_type"' in (folder / "config.json").read_text(encoding="utf-8")
+    return False

@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from skipvision.checkpoint import first_misfit, load_checkpoint
 from skipvision.model import SkipVisionModel
+from skipvision.published import load_published
 from svcli_export.manifest import BundleError, Manifest
+from svcli_export.published_files import is_published
 from svcli_export.quantize import (
     ROPE_COS,
     ROPE_SIN,
@@ -105,10 +107,14 @@ def original_model(checkpoint: Path, manifest: Manifest) -> SkipVisionModel:
 
     Raises CheckpointError, or BundleError for a checkpoint of another model.
     """
-    model, config = load_checkpoint(checkpoint), manifest.config
+    config = manifest.config
+    if is_published(checkpoint):
+        model = load_published(checkpoint, skip=config.skip or "off").float()
+    else:
+        model = load_checkpoint(checkpoint)
     another = f"{checkpoint}: not the model that the bundle was exported from"
     remedy = "name the checkpoint that was, or leave --checkpoint out"
-    if replace(model.config, skip=config.skip) != config:
+    if replace(model.config, skip=config.skip, skip_trained=config.skip_trained) != config:
         raise BundleError(f"{another}; {remedy}")
     if model.config.skip is None and config.skip is not None:
         raise BundleError(f"{another} (it is a plain model, without a summary layer); {remedy}")

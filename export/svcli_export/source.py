@@ -28,6 +28,7 @@ from svcli_export.manifest import (
     load_manifest,
 )
 from svcli_export.processing import read_processing
+from svcli_export.published_files import is_published
 from svcli_export.quantize import num_blocks_read
 from svcli_export.restore import restore_model
 
@@ -93,7 +94,7 @@ def read_source(
         manifest = load_manifest(folder)
         model = restore_model(folder, manifest, mapped=True)
         return Source(model, _read(folder / TOKENIZER_FILE), manifest.chat, manifest.image, manifest)
-    if _is_published(folder / "config.json"):
+    if is_published(folder):
         known = read_known(folder, tower).config
         read = read_processing(processor or folder, known)
         asked = skip(known)
@@ -115,7 +116,7 @@ def own_chat(folder: Path, tokenizer_json: str, template: str) -> ChatFormat:
     """How models that are trained here are spoken to."""
     try:
         tokenizer = ChatTokenizer(tokenizer_json, template).tokenizer
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise SourceError(f"{folder}: its chat template is broken ({error})") from None
     except Exception as error:  # the tokenizers library raises plain Exception
         raise SourceError(f"{folder}: its tokenizer is broken ({error})") from None
@@ -135,13 +136,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
                     dtype: torch.dtype = tensor.dtype
                     return dtype
     return torch.float32
-
-
-def _is_published(config: Path) -> bool:
-    """Whether it is the config.json of a model that was published for transformers."""
-    with suppress(OSError, UnicodeDecodeError):
-        return '"model_type"' in config.read_text(encoding="utf-8")
-    return False
 
 
 def _read(path: Path) -> str:

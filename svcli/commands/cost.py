@@ -104,7 +104,7 @@ def find_model(name: str | None) -> Subject:
 
 def _of_folder(folder: Path) -> Subject:
     from skipvision.config import ConfigError, ModelConfig
-    from skipvision.families import read_model
+    from skipvision.families import picture_settings, read_model
     from svcli_export.manifest import MANIFEST_FILE, load_manifest
 
     if (folder / MANIFEST_FILE).is_file():
@@ -116,7 +116,7 @@ def _of_folder(folder: Path) -> Subject:
         text = file.read_text(encoding="utf-8")
         if '"model_type"' not in text:
             return Subject(str(folder), ModelConfig.from_json(text), None)
-        known = read_model(text)
+        known = read_model(text, picture_settings(folder))
     except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from None
     return Subject(str(folder), known.config, known)

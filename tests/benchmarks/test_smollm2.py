@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gguf_model import GgufModel, renamed, unpermuted, write_transformers
 from benchmarks.smollm2 import PROMPTS, _agreement
 from benchmarks.text_engines import answers
+from tests.skipvision.zoo import transformers
 
 _THEIRS = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -32,9 +32,10 @@ _HEADS = {"attn_q": 4, "attn_k": 2}
 
 
 @pytest.fixture(scope="module")
-def original() -> LlamaForCausalLM:
+def original() -> Any:
+    """Theirs, in small."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers().LlamaConfig(
         vocab_size=20,
         hidden_size=32,
         intermediate_size=48,
@@ -46,10 +47,10 @@ def original() -> LlamaForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval()
+    return transformers().LlamaForCausalLM(config).eval()
 
 
-def as_gguf(original: LlamaForCausalLM) -> GgufModel:
+def as_gguf(original: Any) -> GgufModel:
     """What llama.cpp's converter makes of it: in a head, the pairs of RoPE become neighbours, one by one."""
     tensors = {}
     for name, tensor in original.state_dict().items():
@@ -86,16 +87,16 @@ def as_gguf(original: LlamaForCausalLM) -> GgufModel:
     return GgufModel(fields, tensors)
 
 
-def test_the_converted_model_is_the_original(original: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_the_converted_model_is_the_original(original: Any, tmp_path: Path) -> None:
     write_transformers(as_gguf(original), tmp_path)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = transformers().AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, original(ids).logits, rtol=0, atol=0)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["rms_norm_eps"] == 1e-5
 
 
-def test_rows_left_in_ggufs_order_would_be_another_model(original: LlamaForCausalLM) -> None:
+def test_rows_left_in_ggufs_order_would_be_another_model(original: Any) -> None:
     model = as_gguf(original)
     query = original.state_dict()["model.layers.0.self_attn.q_proj.weight"].numpy()
     stored = model.tensors["blk.0.attn_q.weight"]
@@ -103,7 +104,7 @@ def test_rows_left_in_ggufs_order_would_be_another_model(original: LlamaForCausa
     np.testing.assert_array_equal(unpermuted(stored, 4), query)
 
 
-def test_every_weight_has_a_name(original: LlamaForCausalLM) -> None:
+def test_every_weight_has_a_name(original: Any) -> None:
     model = as_gguf(original)
     assert renamed(model).keys() == original.state_dict().keys() - {"lm_head.weight"}
     strange = GgufModel(model.fields, {**model.tensors, "blk.0.attn_q.bias": np.zeros(32, np.float32)})
@@ -111,7 +112,7 @@ def test_every_weight_has_a_name(original: LlamaForCausalLM) -> None:
         renamed(strange)
 
 
-def test_the_tokenizer_merges_and_knows_what_is_no_text(original: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_the_tokenizer_merges_and_knows_what_is_no_text(original: Any, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     write_transformers(as_gguf(original), tmp_path)

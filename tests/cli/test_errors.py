@@ -114,3 +114,18 @@ def test_a_signal_that_ends_leaves_nothing_behind(
     assert process.returncode == 128 + number
     assert "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_panic_of_a_library_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """PyO3's is no Exception, and comes of a tokenizer.json that names what it does not have."""
+    PanicException = type("PanicException", (BaseException,), {})
+
+    def panics() -> None:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    with pytest.raises(typer.Exit) as left:
+        reported(panics)()
+    assert left.value.exit_code == 1
+    assert capsys.readouterr().err == "Error: the tokenizer.json of this model contradicts itself; download it again\n"
+    with pytest.raises(SystemExit):
+        reported(lambda: (_ for _ in ()).throw(SystemExit(3)))()  # others go on

@@ -49,7 +49,9 @@ def test_it_is_exported_asked_and_looked_at(smolvlm: Path, picture: Path, tmp_pa
     assert tokens["visual_full"] == tokens["visual_kept"] > 16
     assert tokens["visual_full"] % 16 == 0
     assert "Rows of the largest image, in tiles" in run("inspect", tmp_path / "plain").stdout
-    assert run("verify", tmp_path / "plain", "--images", picture, "--engines", "onnxruntime").exit_code == 0
+    verify = ("verify", tmp_path / "plain", "--images", picture, "--engines", "onnxruntime")
+    assert run(*verify).exit_code == 0
+    assert run(*verify, "--checkpoint", smolvlm).exit_code == 0
 
 
 def test_made_to_skip_it_says_once_what_to_expect(smolvlm: Path, picture: Path, tmp_path: Path) -> None:

@@ -249,3 +249,20 @@ def test_the_engine_protocol_is_met_by_all(exported: Exported) -> None:
         assert stats.kv_bytes == stats.kv_rows * exported.manifest.contract.kv_bytes_per_row
         engine.close()
     assert isinstance(exported.onnx_engine(), OnnxEngine)
+
+
+def test_the_placeholder_of_a_picture_is_never_said(processor: Processor) -> None:
+    """Or else it would stand for a picture in the next turn."""
+    image_id = processor.manifest.chat.image_id
+
+    class Pictured(Scripted):
+        def _next(self) -> Logits:
+            logits = super()._next()
+            logits[image_id] = 2  # the likeliest
+            return logits
+
+    conversation = Conversation(Pictured([9, END, 10, END]), processor)
+    split(conversation.ask("what is this?", [PICTURE]))
+    assert conversation.messages[-1].ids == (9,)
+    split(conversation.ask("and this?"))
+    assert conversation.messages[-1].ids == (10,)

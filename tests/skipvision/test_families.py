@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from skipvision.config import ConfigError, ModelConfig, TilesConfig
-from skipvision.families import FAMILIES, KnownModel, parse_model, read_model
+from skipvision.families import FAMILIES, KnownModel, parse_model, picture_settings, read_model
 from skipvision.known_models import KNOWN_MODELS, known_model
 from tests.optional import missing
 
@@ -337,8 +338,11 @@ def test_as_many_key_heads_as_heads_where_null_stands() -> None:
             "'default' is not computed here, only 'full'",
         ),
         (bare("llava_onevision", vision_aspect_ratio="square"), "vision_aspect_ratio: 'square' is not computed here"),
-        (bare("llava_next", image_grid_pinpoints=5), "image_grid_pinpoints: expected pairs of height and width, got 5"),
-        (bare("llava_next", image_grid_pinpoints=[[1, 2, 3]]), "image_grid_pinpoints: expected pairs"),
+        (
+            bare("llava_next", image_grid_pinpoints=5),
+            "image_grid_pinpoints: expected up to 256 pairs .*, got 5",
+        ),
+        (bare("llava_next", image_grid_pinpoints=[[1, 2, 3]]), "image_grid_pinpoints: expected up to 256 pairs"),
         (bare("llava_next", image_grid_pinpoints=[[100, 224]]), "tiles.sizes must be multiples of vision.image_size"),
         (bare("smolvlm", scale_factor=3), "pixel_shuffle must divide 8, got 3"),
         (bare("llava", {**TEXT, "attention_bias": True}), "text_config.attention_bias: True is not computed here"),
@@ -358,3 +362,55 @@ def test_what_a_family_does_not_compute_is_one_sentence(data: dict[str, Any], wo
     with pytest.raises(ConfigError, match=words) as refusal:
         read_model(json.dumps(data))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("vision_config", "num_hidden_layers", "x"),
+        ("vision_config", "num_hidden_layers", 10**9),
+        ("vision_config", "hidden_size", 1.5),
+        ("vision_config", "hidden_size", 10**9),
+        ("vision_config", "patch_size", False),
+        ("vision_config", "num_attention_heads", []),
+        ("vision_config", "model_type", []),
+        ("vision_config", "layer_norm_eps", "x"),
+        ("text_config", "num_hidden_layers", 10**9),
+        ("text_config", "num_key_value_heads", "x"),
+        ("text_config", "head_dim", "x"),
+        ("text_config", "vocab_size", True),
+        ("text_config", "max_position_embeddings", "x"),
+        ("text_config", "rope_theta", 10**400),
+        ("text_config", "rope_parameters", 1),
+        ("text_config", "rms_norm_eps", -1),
+        ("text_config", "model_type", "y" * 5000),
+        ("", "image_grid_pinpoints", "28"),
+        ("", "image_grid_pinpoints", [[336, 336.5]]),
+        ("", "image_grid_pinpoints", [[336, 10**8]]),
+        ("", "image_grid_pinpoints", [[336, 336]] * 300),
+    ],
+)
+def test_values_of_a_stranger_are_bounded_and_refused_in_a_short_sentence(part: str, name: str, value: Any) -> None:
+    data: dict[str, Any] = {"model_type": "llava_next", "vision_config": dict(VISION), "text_config": dict(TEXT)}
+    (data[part] if part else data)[name] = value
+    with pytest.raises(ConfigError, match=f"{name}: ") as refusal:
+        parse_model(data)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"model_type": ' + "1" * 5000 + "}"])
+def test_json_that_is_too_deep_or_too_long_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="not JSON"):
+        read_model(text)
+
+
+def test_settings_of_pictures_are_read_where_they_are(tmp_path: Path) -> None:
+    """SmolVLM's first folders have both files, and the pictures' settings in the older one."""
+    assert picture_settings(tmp_path) is None
+    (tmp_path / "processor_config.json").write_text('{"image_seq_len": 64}')
+    assert picture_settings(tmp_path) == '{"image_seq_len": 64}'
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"longest_edge": 1536}}')
+    assert picture_settings(tmp_path) == '{"size": {"longest_edge": 1536}}'
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"size": {}}}')
+    assert picture_settings(tmp_path) == '{"image_processor": {"size": {}}}'
