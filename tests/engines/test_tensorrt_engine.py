@@ -29,6 +29,7 @@ from svcli_engines.sampling import Sampling
 from svcli_engines.tensorrt_engine import TensorRTEngine
 from svcli_engines.tensorrt_runtime import Phase, TensorRT
 from svcli_export.contract import CACHE_PARTS
+from tests.engines import fake_tensorrt
 from tests.engines.conftest import Exported, export_tiny
 from tests.engines.fake_cuda import CAPTURE_INVALIDATED, FAILED, NO_DRIVER, OUT_OF_MEMORY, FakeCuda, Fault
 from tests.engines.fake_tensorrt import SCRATCH, TARGET, Context, Edit, FakeTensorRT, build_plans
@@ -717,6 +718,10 @@ def test_input_changed_after_its_copy_was_enqueued_is_caught(skip: Exported, mon
 
 
 def test_cache_that_is_not_cleared_is_caught(skip: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_tensorrt, "_session", fake_tensorrt.whole_buffers)
+    engine = start(skip).engine
+    prefill(engine, skip, PROMPTS["text only"])
+    assert np.isfinite(engine.extend([5])).all()
     monkeypatch.setattr(FakeCuda, "cudaMemsetAsync", lambda *_arguments: (0,))
     engine = start(skip).engine
     prefill(engine, skip, PROMPTS["text only"])
