@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from skipvision.config import ModelConfig
-from skipvision.layout import ImageSpan, TokenLayout, picture_spans
+from skipvision.layout import TokenLayout, picture_spans
 from skipvision.tiles import Cut, cut_picture
 from svcli_engines.base import Logits, Pixels
 from svcli_export.chat import ChatTokenizer, Message
@@ -40,7 +40,6 @@ class Processor:
         """Raises BundleError for a broken tokenizer or template."""
         self.manifest = manifest
         self.config: ModelConfig = manifest.config
-        self.span = ImageSpan.of(self.config)
         self.contract: Contract = manifest.contract
         self.stop_ids = frozenset(manifest.chat.stop_ids)
         self._chat = ChatTokenizer.load(bundle, manifest.chat.template, manifest.chat.published)

@@ -117,11 +117,7 @@ class _PublishedChat:
         last = known[-1]
         num_images = sum(message.images for message in messages[:last])
         before = self.encode(messages[:last], cuts[:num_images])
-        # Words for what is only known as ids, so that the template has a place for it.
-        texts = [
-            replace(each, content=each.content.strip() or "-") if each.ids is not None else each for each in messages
-        ]
-        rendered = self._template.render(texts, cuts)
+        rendered = self._template.render([_worded(each) for each in messages], cuts)
         end = rendered.written[last][1]
         behind = [(start - end, stop - end) for start, stop in sorted(rendered.written.values()) if start >= end]
         return before + list(messages[last].ids or ()) + self._prompts.ids(rendered.text[end:], behind, begins=False)
