@@ -18,7 +18,7 @@ from skipvision.families import FAMILIES
 from skipvision.known_models import KNOWN_MODELS
 from skipvision.layout import ImageSpan
 from skipvision.presets import PRESETS, Setting
-from skipvision.recipe import load_recipe
+from skipvision.training.scratch_recipe import load_recipe
 
 _RECIPE = Path(__file__).parents[1] / "recipes" / "skipvision-tiny.toml"
 _TASKS = {

@@ -13,8 +13,8 @@ from skipvision.checkpoint import load_checkpoint
 from skipvision.data.assets import Assets
 from skipvision.data.names import GLYPHS, LABEL_IDS
 from skipvision.data.scenes import render
-from skipvision.feature_cache import to_pixels
 from skipvision.select import split_tokens, token_scores
+from skipvision.training.feature_cache import to_pixels
 
 COVERED = 0.2
 """Share of a patch that something must cover for the patch to count; the one from which it gets a label."""

@@ -28,19 +28,19 @@ from skipvision.cost import decoder_flops, head_flops, projector_flops, split_fl
 from skipvision.data import assets as data_assets
 from skipvision.data.packages import unpack_backbone
 from skipvision.data.questions import vocabulary_text
-from skipvision.feature_cache import FeatureCache, compute_dtype, encoded, scene_pictures
 from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
-from skipvision.packing import IGNORE
-from skipvision.recipe import Recipe, load_recipe
 from skipvision.tokenizer import train_tokenizer
-from skipvision.train import Batches, Run, initialise
+from skipvision.training.feature_cache import FeatureCache, compute_dtype, encoded, scene_pictures
+from skipvision.training.scratch import Batches, Run, initialise
+from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
+from skipvision.training.speaker import IGNORE
 from skipvision.vision import VisionEncoder
 
 _WARM_UP = 2
 
 
-def encode(recipe: Recipe, assets: data_assets.Assets, folder: Path) -> tuple[FeatureCache, float]:
+def encode(recipe: ScratchRecipe, assets: data_assets.Assets, folder: Path) -> tuple[FeatureCache, float]:
     """Train pictures for a few batches, and the seconds it took to compose and encode them."""
     data, vision = recipe.data, recipe.model.vision
     encoder = VisionEncoder(vision)
@@ -51,7 +51,7 @@ def encode(recipe: Recipe, assets: data_assets.Assets, folder: Path) -> tuple[Fe
     return cache, time.perf_counter() - start
 
 
-def prepared_run(recipe: Recipe, tokenizer: Tokenizer, *, skips: bool) -> Run:
+def prepared_run(recipe: ScratchRecipe, tokenizer: Tokenizer, *, skips: bool) -> Run:
     """A run of the recipe that has not begun."""
     torch.manual_seed(recipe.seed)
     text = replace(recipe.model.text, vocab_size=tokenizer.get_vocab_size())
@@ -85,7 +85,7 @@ def ffn_share(config: ModelConfig, text_width: int) -> dict[str, float]:
     return {"of_layer_weights": ffn / (ffn + projections), "of_decoder_flops": flops}
 
 
-def measure(recipe: Recipe, cache: FeatureCache, tokenizer: Tokenizer, steps: int) -> dict[str, Any]:
+def measure(recipe: ScratchRecipe, cache: FeatureCache, tokenizer: Tokenizer, steps: int) -> dict[str, Any]:
     """Times of `steps` steps of each model, and what FLOPs say about them."""
     skips = {"dense": False, "skipped": True}
     runs = {name: prepared_run(recipe, tokenizer, skips=wanted) for name, wanted in skips.items()}

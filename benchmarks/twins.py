@@ -24,16 +24,16 @@ from tokenizers import Tokenizer
 from skipvision.checkpoint import load_checkpoint
 from skipvision.config import SkipConfig
 from skipvision.data import assets as data_assets
-from skipvision.evaluate import accuracy, answer_all
-from skipvision.feature_cache import FeatureCache, cache_key, encoded, scene_pictures
-from skipvision.recipe import Recipe, load_recipe
-from skipvision.train import TrainEvent, train
+from skipvision.training.evaluate import accuracy, answer_all
+from skipvision.training.feature_cache import FeatureCache, cache_key, encoded, scene_pictures
+from skipvision.training.scratch import TrainEvent, train
+from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "twins.json"
 TEST_PICTURES, QUESTIONS = 400, 6
 
 
-def variants(recipe: Recipe, steps: int) -> dict[str, Recipe]:
+def variants(recipe: ScratchRecipe, steps: int) -> dict[str, ScratchRecipe]:
     """The recipe of each twin."""
     skip = recipe.model.skip
     if skip is None:
@@ -41,7 +41,7 @@ def variants(recipe: Recipe, steps: int) -> dict[str, Recipe]:
     align_steps = min(recipe.optim.align_steps, steps // 2)
     short = replace(recipe, optim=replace(recipe.optim, steps=steps, align_steps=align_steps))
 
-    def with_skip(changed: SkipConfig | None) -> Recipe:
+    def with_skip(changed: SkipConfig | None) -> ScratchRecipe:
         return replace(short, model=replace(recipe.model, skip=changed))
 
     # One summary row is kept beside what is retained, two where tokens are skipped.
@@ -55,7 +55,7 @@ def variants(recipe: Recipe, steps: int) -> dict[str, Recipe]:
     }
 
 
-def test_pictures(recipe: Recipe, encoder_from: Path, cache_root: Path) -> FeatureCache:
+def test_pictures(recipe: ScratchRecipe, encoder_from: Path, cache_root: Path) -> FeatureCache:
     """Encoded unseen compositions, with partly unseen wordings."""
     assets = data_assets.load(Path(recipe.assets))
     directory = cache_root / cache_key(recipe.model.vision, recipe.data) / f"test-{TEST_PICTURES}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skipvision.config import ModelConfig
 from skipvision.layout import ImageSpan, TokenLayout
-from skipvision.recipe import load_recipe
+from skipvision.training.scratch_recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "skipvision-tiny.toml"
 

@@ -107,6 +107,14 @@ class DecoderLayer(nn.Module):
         self.norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn = FeedForward(config)
 
+    def forward(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, num_kept: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [B, N, D] behind the layer, and the key and value [B, G, N, d] that it made of all rows."""
+        query, key, value = self.attention.project(self.norm1(hidden), rope)
+        hidden = hidden + self.attention.attend(query, key, value, mask)
+        return self.feed_forward(hidden, num_kept), key, value
+
     def feed_forward(self, hidden: Tensor, num_kept: int) -> Tensor:
         """Residual FFN on the first `num_kept` rows; the others pass unchanged."""
         if num_kept == hidden.shape[1]:
@@ -148,11 +156,9 @@ class Decoder(nn.Module):
         """
         rope = self.rope(position_ids)
         for number, layer in enumerate(self._layers()):
-            query, key, value = layer.attention.project(layer.norm1(hidden), rope)
+            hidden, key, value = layer(hidden, rope, mask, num_kept)
             if cache is not None:
                 cache.write(number, key[:, :, :num_kept], value[:, :, :num_kept])
-            hidden = hidden + layer.attention.attend(query, key, value, mask)
-            hidden = layer.feed_forward(hidden, num_kept)
         return hidden[:, :num_kept]
 
     def extend(self, hidden: Tensor, cache: KVCache) -> Tensor:

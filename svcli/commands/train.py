@@ -10,7 +10,7 @@ import typer
 from svcli import ui
 
 if TYPE_CHECKING:
-    from skipvision.train import TrainEvent
+    from skipvision.training.scratch import TrainEvent
 
 
 def train(
@@ -29,8 +29,8 @@ def train(
 
     Started again after a stop, it goes on where it was.
     """
-    from skipvision.recipe import load_recipe
-    from skipvision.train import train as run
+    from skipvision.training.scratch import train as run
+    from skipvision.training.scratch_recipe import load_recipe
 
     settings = load_recipe(recipe)
     try:

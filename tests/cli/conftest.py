@@ -13,7 +13,7 @@ from skipvision.checkpoint import save_checkpoint
 from skipvision.config import ModelConfig, SkipConfig, TextConfig, VisionConfig
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from skipvision.train import initialise
+from skipvision.training.scratch import initialise
 from svcli_export.bundle import export_bundle
 
 ROOT = Path(__file__).parents[2]

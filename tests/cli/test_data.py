@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from skipvision.data.errors import DataError
-from skipvision.recipe import Recipe
+from skipvision.training.scratch_recipe import ScratchRecipe
 from svcli.app import app
 
 
@@ -18,7 +18,7 @@ def test_fetch_then_prepare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, giv
     monkeypatch.setattr("skipvision.data.assets.fetch", lambda root: seen.append(("fetch", root)))
     monkeypatch.setattr("skipvision.data.assets.prepare", lambda root: seen.append(("prepare", root)))
     done = CliRunner().invoke(app, ["data", "fetch", *([str(tmp_path)] if given else [])])
-    folder = tmp_path if given else Path(str(Recipe.__dataclass_fields__["assets"].default))
+    folder = tmp_path if given else Path(str(ScratchRecipe.__dataclass_fields__["assets"].default))
     assert done.exit_code == 0, done.output
     assert seen == [("fetch", folder), ("prepare", folder)]
     assert done.stdout == f"{folder}\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from skipvision.recipe import Recipe
-from skipvision.train import TrainEvent
+from skipvision.training.scratch import TrainEvent
+from skipvision.training.scratch_recipe import ScratchRecipe
 from svcli.app import app
 
 Report = Callable[[TrainEvent], None]
@@ -20,14 +20,14 @@ RECIPE = ROOT / "recipes" / "skipvision-tiny.toml"
 def test_options_arrive_and_progress_is_written_in_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[object] = []
 
-    def run(recipe: Recipe, output: Path, report: Report, *, cache_root: Path, fresh: bool) -> Path:
+    def run(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Path, fresh: bool) -> Path:
         seen.extend([recipe.optim.steps, output, cache_root, fresh])
         report(TrainEvent("encode", 10, 100, rate=25.0))
         report(TrainEvent("train", 1, 4, rate=48.0, loss=2.5))
         report(TrainEvent("validate", 4, 4, accuracy={"colour": 0.5, "all": 0.25}))
         return output / "checkpoint"
 
-    monkeypatch.setattr("skipvision.train.train", run)
+    monkeypatch.setattr("skipvision.training.scratch.train", run)
     options = ["-o", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--fresh"]
     done = CliRunner().invoke(app, ["train", str(RECIPE), *options])
     assert done.exit_code == 0, done.output
@@ -45,7 +45,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     def run(*_: object, **__: object) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("skipvision.train.train", run)
+    monkeypatch.setattr("skipvision.training.scratch.train", run)
     done = CliRunner().invoke(app, ["train", str(RECIPE), "-o", str(tmp_path)])
     assert (done.exit_code, done.stdout) == (130, "")
     assert "same command" in done.stderr

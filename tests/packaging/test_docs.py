@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from skipvision.recipe import load_recipe
+from skipvision.training.scratch_recipe import load_recipe
 from svcli.app import app
 
 ROOT = Path(__file__).parents[2]

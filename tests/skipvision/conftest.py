@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from skipvision import train as training
 from skipvision.config import ModelConfig, SkipConfig, TextConfig, VisionConfig
 from skipvision.data.assets import Assets, CutOut, FontFace, Style
 from skipvision.data.kinds import KINDS
-from skipvision.feature_cache import FeatureCache, encoded, scene_pictures
-from skipvision.recipe import DataRecipe, OptimRecipe, Recipe
+from skipvision.training import scratch as training
+from skipvision.training.feature_cache import FeatureCache, encoded, scene_pictures
+from skipvision.training.scratch_recipe import DataRecipe, OptimRecipe, ScratchRecipe
 from skipvision.vision import VisionEncoder
 
 STYLES: tuple[Style, ...] = ("photo", "noto", "openmoji")
@@ -35,7 +35,7 @@ def _square(rng: np.random.Generator) -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def recipe() -> Recipe:
+def recipe() -> ScratchRecipe:
     """A grid of 16 x 16 patches, as the truths of the scenes have it, on pictures that are shrunk to 32 pixels."""
     vision = VisionConfig(
         image_size=32,
@@ -48,7 +48,7 @@ def recipe() -> Recipe:
         select_layer=1,
     )
     text = TextConfig(hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
-    return Recipe(
+    return ScratchRecipe(
         ModelConfig(vision, text, SkipConfig(num_retained=6, num_skipped=4)),
         data=DataRecipe(num_scenes=8, easy_vqa=0, question_draws=2, questions_per_draw=4),
         optim=OptimRecipe(steps=6, batch_size=2, text_width=96, warmup_steps=2, learning_rate=0.01),
@@ -59,14 +59,14 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def encoder(recipe: Recipe) -> VisionEncoder:
+def encoder(recipe: ScratchRecipe) -> VisionEncoder:
     torch.manual_seed(1)
     return VisionEncoder(recipe.model.vision)
 
 
 @pytest.fixture(scope="session")
 def features(
-    recipe: Recipe, art: Assets, encoder: VisionEncoder, tmp_path_factory: pytest.TempPathFactory
+    recipe: ScratchRecipe, art: Assets, encoder: VisionEncoder, tmp_path_factory: pytest.TempPathFactory
 ) -> FeatureCache:
     """The encoded pictures of the recipe."""
     data = recipe.data

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from skipvision.data.questions import Question
-from skipvision.evaluate import Outcome, accuracy, answer_all
-from skipvision.feature_cache import FeatureCache
 from skipvision.model import SkipVisionModel
-from skipvision.recipe import Recipe
 from skipvision.tokenizer import train_tokenizer
-from skipvision.train import initialise
+from skipvision.training.evaluate import Outcome, accuracy, answer_all
+from skipvision.training.feature_cache import FeatureCache
+from skipvision.training.scratch import initialise
+from skipvision.training.scratch_recipe import ScratchRecipe
 
 
 def outcome(task: str, right: bool) -> Outcome:
@@ -27,7 +27,7 @@ def test_accuracy_is_the_mean_over_tasks_not_over_questions() -> None:
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_answers_come_in_order_whatever_the_batch(recipe: Recipe, features: FeatureCache, blind: bool) -> None:
+def test_answers_come_in_order_whatever_the_batch(recipe: ScratchRecipe, features: FeatureCache, blind: bool) -> None:
     tokenizer = train_tokenizer([q.question for draws in features.questions for draw in draws for q in draw], 300)
     torch.manual_seed(0)
     text = replace(recipe.model.text, vocab_size=tokenizer.get_vocab_size(), tie_embeddings=False)
@@ -46,6 +46,6 @@ def test_answers_come_in_order_whatever_the_batch(recipe: Recipe, features: Feat
     assert (again[0].answer == again[1].answer) == blind
 
 
-def test_nothing_asked_is_nothing_answered(recipe: Recipe, features: FeatureCache) -> None:
+def test_nothing_asked_is_nothing_answered(recipe: ScratchRecipe, features: FeatureCache) -> None:
     tokenizer = train_tokenizer(["What?"], 300)
     assert answer_all(SkipVisionModel(recipe.model), tokenizer, features, []) == []

@@ -13,11 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from skipvision import feature_cache
 from skipvision.config import VisionConfig
 from skipvision.data.questions import Question
-from skipvision.feature_cache import FeatureCache, MakePicture, Picture, cache_key, compute_dtype, encoded, to_pixels
-from skipvision.recipe import DataRecipe
+from skipvision.training import feature_cache
+from skipvision.training.feature_cache import (
+    FeatureCache,
+    MakePicture,
+    Picture,
+    cache_key,
+    compute_dtype,
+    encoded,
+    to_pixels,
+)
+from skipvision.training.scratch_recipe import DataRecipe
 from skipvision.vision import VisionEncoder, VisionOutput
 from tests.skipvision.tiny import tiny_config
 

@@ -12,7 +12,8 @@ from skipvision.config import SkipConfig, Visibility
 from skipvision.decoder import FeedForward
 from skipvision.layout import BatchLayout, ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
-from skipvision.packing import IGNORE, PackedText, pack, packed_inputs
+from skipvision.training.packing import PackedText, pack, packed_inputs
+from skipvision.training.speaker import IGNORE
 from tests.skipvision.tiny import IMAGE, MERGED, SKIPS, random_pictures, tiny_config, tiny_model
 
 # Per picture, its questions with answers. One picture has little to say, one fills the width.

@@ -32,8 +32,8 @@ from skipvision.estimate import estimate
 from skipvision.layout import BatchLayout, ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.presets import PRESETS, Setting
-from skipvision.recipe import Recipe
 from skipvision.resampler import Resampler, expand_resampler
+from skipvision.training.scratch_recipe import ScratchRecipe
 from tests.skipvision import reference
 from tests.skipvision.reference import Array, Weights, gelu, layer_norm, linear, softmax
 from tests.skipvision.tiny import IMAGE, TOLERANCE, VOCAB, tiny_model
@@ -516,4 +516,4 @@ def test_what_the_summary_leaves_out_is_in_front_and_not_all() -> None:
 def test_a_recipe_says_that_it_cannot_train_one() -> None:
     for skip in (SkipConfig(11, 6, "uniform"), None):
         with pytest.raises(ConfigError, match=r"^model\.projector: training needs one token for each patch"):
-            Recipe(cos_config(skip))
+            ScratchRecipe(cos_config(skip))

@@ -65,7 +65,7 @@ class OptimRecipe:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ScratchRecipe:
     """One model from nothing but the packages that `skipvision.data` fetches."""
 
     model: ModelConfig
@@ -95,7 +95,7 @@ class Recipe:
         )
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path) -> ScratchRecipe:
     """Raises ConfigError with the file and the key that is wrong."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -104,6 +104,6 @@ def load_recipe(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: {error}") from None
     try:
-        return from_mapping(Recipe, data)
+        return from_mapping(ScratchRecipe, data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -29,7 +29,7 @@ from skipvision.data.assets import Assets
 from skipvision.data.questions import Question, ask
 from skipvision.data.scenes import render
 from skipvision.data.split import Split
-from skipvision.recipe import DataRecipe
+from skipvision.training.scratch_recipe import DataRecipe
 from skipvision.vision import VisionEncoder
 
 SHARD = 512

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer
 
 from skipvision.data.questions import Question, is_right
-from skipvision.feature_cache import FeatureCache
 from skipvision.layout import BatchLayout, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import ASSISTANT, END, IMAGE, USER, special_ids
+from skipvision.training.feature_cache import FeatureCache
 
 MAX_NEW_TOKENS = 48
 

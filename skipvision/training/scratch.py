@@ -32,8 +32,12 @@ from skipvision.data.packages import unpack_backbone
 from skipvision.data.questions import Question, vocabulary_text
 from skipvision.data.split import Split
 from skipvision.decoder import DecoderLayer
-from skipvision.evaluate import accuracy, answer_all
-from skipvision.feature_cache import (
+from skipvision.layout import ImageSpan, TokenLayout
+from skipvision.model import SkipVisionModel
+from skipvision.projector import Projector
+from skipvision.tokenizer import CHAT_TEMPLATE, encode_turn, train_tokenizer
+from skipvision.training.evaluate import accuracy, answer_all
+from skipvision.training.feature_cache import (
     FeatureCache,
     MakePicture,
     cache_key,
@@ -42,12 +46,9 @@ from skipvision.feature_cache import (
     encoded,
     scene_pictures,
 )
-from skipvision.layout import ImageSpan, TokenLayout
-from skipvision.model import SkipVisionModel
-from skipvision.packing import IGNORE, PackedText, pack, packed_inputs
-from skipvision.projector import Projector
-from skipvision.recipe import Recipe
-from skipvision.tokenizer import CHAT_TEMPLATE, encode_turn, train_tokenizer
+from skipvision.training.packing import PackedText, pack, packed_inputs
+from skipvision.training.scratch_recipe import ScratchRecipe
+from skipvision.training.speaker import IGNORE
 from skipvision.vision import VisionEncoder
 
 _VALIDATION_SCENES = 192
@@ -82,7 +83,7 @@ class TrainEvent:
 Report = Callable[[TrainEvent], None]
 
 
-def train(recipe: Recipe, output: Path, report: Report, *, cache_root: Path, fresh: bool = False) -> Path:
+def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Path, fresh: bool = False) -> Path:
     """Runs `recipe` into `output` and returns the finished checkpoint's folder, `output/checkpoint`.
 
     `output/training.safetensors` holds weights and optimiser of the last save; with it there, the run goes on unless
@@ -133,7 +134,7 @@ def initialise(model: SkipVisionModel) -> None:
 
 
 def encode_data(
-    recipe: Recipe, assets: data_assets.Assets, encoder: VisionEncoder, cache_root: Path, report: Report
+    recipe: ScratchRecipe, assets: data_assets.Assets, encoder: VisionEncoder, cache_root: Path, report: Report
 ) -> tuple[FeatureCache, FeatureCache]:
     """The encoded train and validation pictures of a recipe, made where they are missing."""
     data = recipe.data
@@ -164,7 +165,7 @@ def encode_data(
 class Batches:
     """The batch of every step: which pictures, which questions, in which blocks."""
 
-    def __init__(self, recipe: Recipe, cache: FeatureCache, tokenizer: Tokenizer) -> None:
+    def __init__(self, recipe: ScratchRecipe, cache: FeatureCache, tokenizer: Tokenizer) -> None:
         """Raises TrainError where there are fewer pictures than a batch takes."""
         if recipe.optim.batch_size > len(cache):
             raise TrainError(
@@ -300,7 +301,7 @@ def _first_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> Tensor:
 class Run:
     """Weights, optimiser and step of one run, and their file."""
 
-    def __init__(self, recipe: Recipe, model: SkipVisionModel, tokenizer: Tokenizer, output: Path) -> None:
+    def __init__(self, recipe: ScratchRecipe, model: SkipVisionModel, tokenizer: Tokenizer, output: Path) -> None:
         self.recipe, self.model, self.tokenizer, self.output = recipe, model, tokenizer, output
         model.vision.requires_grad_(False)
         width, grid = model.config.text.hidden_size, model.config.vision.grid

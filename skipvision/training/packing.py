@@ -10,8 +10,7 @@ from torch import Tensor
 
 from skipvision.layout import FOREVER, TokenLayout
 from skipvision.model import attention_mask
-
-IGNORE = -100
+from skipvision.training.speaker import IGNORE
 
 
 @dataclass(frozen=True)

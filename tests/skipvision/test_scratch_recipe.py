@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skipvision.config import ConfigError, SkipConfig
-from skipvision.recipe import DataRecipe, OptimRecipe, Recipe, load_recipe
+from skipvision.training.scratch_recipe import DataRecipe, OptimRecipe, ScratchRecipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 MODEL = "[model.vision]\n[model.text]\n"
@@ -28,7 +28,7 @@ def test_recipes_that_come_along_can_be_read(path: Path) -> None:
 def test_what_a_recipe_leaves_out_has_a_default(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MODEL))
     assert (recipe.data, recipe.optim) == (DataRecipe(), OptimRecipe())
-    assert recipe == Recipe(recipe.model)
+    assert recipe == ScratchRecipe(recipe.model)
     assert recipe.model.skip is None
 
 

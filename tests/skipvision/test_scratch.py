@@ -20,13 +20,13 @@ from skipvision.checkpoint import load_checkpoint
 from skipvision.config import SkipConfig
 from skipvision.data.names import COLOUR_IDS, LABEL_IDS, LABELS
 from skipvision.data.questions import Question, vocabulary_text
-from skipvision.feature_cache import FeatureCache
 from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
-from skipvision.packing import IGNORE
-from skipvision.recipe import Recipe
 from skipvision.tokenizer import ASSISTANT, END, USER, special_ids, train_tokenizer
-from skipvision.train import Batches, PatchHead, PlaceHead, Run, TrainError, TrainEvent, initialise, train
+from skipvision.training.feature_cache import FeatureCache
+from skipvision.training.scratch import Batches, PatchHead, PlaceHead, Run, TrainError, TrainEvent, initialise, train
+from skipvision.training.scratch_recipe import ScratchRecipe
+from skipvision.training.speaker import IGNORE
 
 pytestmark = pytest.mark.usefixtures("no_downloads")
 
@@ -36,7 +36,7 @@ class Killed(Exception):
 
 
 def run(
-    recipe: Recipe,
+    recipe: ScratchRecipe,
     output: Path,
     *,
     cache_root: Path,
@@ -73,7 +73,7 @@ def cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kill_at", [1, 3, 4, 6])
 def test_a_killed_run_goes_on_exactly_as_if_it_had_not_been(
-    recipe: Recipe, tmp_path: Path, cache_root: Path, kill_at: int
+    recipe: ScratchRecipe, tmp_path: Path, cache_root: Path, kill_at: int
 ) -> None:
     """Saves are made behind steps 2, 4 and 6."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_exactly_as_if_it_had_not_been(
 
 
 def test_a_finished_run_ends_at_once_and_writes_its_checkpoint_again(
-    recipe: Recipe, tmp_path: Path, cache_root: Path
+    recipe: ScratchRecipe, tmp_path: Path, cache_root: Path
 ) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
     before = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
@@ -100,7 +100,7 @@ def test_a_finished_run_ends_at_once_and_writes_its_checkpoint_again(
     assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == before
 
 
-def test_the_checkpoint_is_whole_and_says_what_it_is(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_the_checkpoint_is_whole_and_says_what_it_is(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
     model = load_checkpoint(tmp_path / "checkpoint")
     tokenizer = Tokenizer.from_file(str(tmp_path / "checkpoint" / "tokenizer.json"))
@@ -109,7 +109,9 @@ def test_the_checkpoint_is_whole_and_says_what_it_is(recipe: Recipe, tmp_path: P
     assert (model.config.vision, model.config.skip) == (recipe.model.vision, recipe.model.skip)
 
 
-def test_the_encoder_stays_as_it_was_and_all_else_learns(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_the_encoder_stays_as_it_was_and_all_else_learns(
+    recipe: ScratchRecipe, tmp_path: Path, cache_root: Path
+) -> None:
     """Against a run of one step, whose update is as good as nothing: warm-up starts at a hundredth."""
     one, six = tmp_path / "one", tmp_path / "six"
     slow = replace(recipe.optim, steps=1, warmup_steps=100, learning_rate=1e-9)
@@ -125,14 +127,14 @@ def test_the_encoder_stays_as_it_was_and_all_else_learns(recipe: Recipe, tmp_pat
             assert idle or (tensor - end[name]).abs().max() > 1e-4, name
 
 
-def test_the_loss_falls(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_the_loss_falls(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     longer = replace(recipe, optim=replace(recipe.optim, steps=40), save_every=40)
     run(longer, tmp_path, cache_root=cache_root)
     answer = [loss for loss, _, _ in losses(tmp_path).values()]
     assert sum(answer[-5:]) < 0.9 * sum(answer[:5])
 
 
-def test_progress_reports_every_stage(recipe: Recipe, tmp_path: Path) -> None:
+def test_progress_reports_every_stage(recipe: ScratchRecipe, tmp_path: Path) -> None:
     events = run(recipe, tmp_path / "run", cache_root=tmp_path / "cache")
     assert {event.stage for event in events} == {"encode", "train", "validate"}
     encoding = [event for event in events if event.stage == "encode"]
@@ -154,7 +156,7 @@ def test_progress_reports_every_stage(recipe: Recipe, tmp_path: Path) -> None:
     ids=["seed", "steps", "model"],
 )
 def test_another_recipe_is_refused_in_the_same_folder(
-    recipe: Recipe, tmp_path: Path, cache_root: Path, change: Callable[[Recipe], Recipe]
+    recipe: ScratchRecipe, tmp_path: Path, cache_root: Path, change: Callable[[ScratchRecipe], ScratchRecipe]
 ) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
     before = (tmp_path / "training.safetensors").read_bytes()
@@ -163,7 +165,7 @@ def test_another_recipe_is_refused_in_the_same_folder(
     assert (tmp_path / "training.safetensors").read_bytes() == before
 
 
-def test_fresh_starts_anew(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_fresh_starts_anew(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
     first = losses(tmp_path)
     events = run(recipe, tmp_path, cache_root=cache_root, fresh=True)
@@ -173,7 +175,7 @@ def test_fresh_starts_anew(recipe: Recipe, tmp_path: Path, cache_root: Path) -> 
     assert losses(tmp_path) != first
 
 
-def test_a_damaged_save_is_refused_with_a_way_out(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_a_damaged_save_is_refused_with_a_way_out(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
     file = tmp_path / "training.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -181,7 +183,7 @@ def test_a_damaged_save_is_refused_with_a_way_out(recipe: Recipe, tmp_path: Path
         run(recipe, tmp_path, cache_root=cache_root)
 
 
-def test_a_save_that_is_none_of_ours_is_refused(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_a_save_that_is_none_of_ours_is_refused(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "training.safetensors")
     with pytest.raises(TrainError, match="another recipe"):
         run(recipe, tmp_path, cache_root=cache_root)
@@ -192,7 +194,7 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 
 def test_the_log_has_every_step_once_however_often_a_run_is_killed(
-    recipe: Recipe, tmp_path: Path, cache_root: Path
+    recipe: ScratchRecipe, tmp_path: Path, cache_root: Path
 ) -> None:
     for kill_at in (1, 3, 4):
         run(recipe, tmp_path, cache_root=cache_root, kill_at=kill_at)
@@ -209,7 +211,7 @@ def test_the_log_has_every_step_once_however_often_a_run_is_killed(
 
 
 def test_a_fresh_run_that_is_killed_early_does_not_go_on_from_the_run_before(
-    recipe: Recipe, tmp_path: Path, cache_root: Path
+    recipe: ScratchRecipe, tmp_path: Path, cache_root: Path
 ) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
     run(recipe, tmp_path, cache_root=cache_root, kill_at=1, fresh=True)
@@ -219,7 +221,7 @@ def test_a_fresh_run_that_is_killed_early_does_not_go_on_from_the_run_before(
 
 @pytest.mark.parametrize("skip", [None, SkipConfig(6, 0), SkipConfig(6, 4, visibility="all")], ids=str)
 def test_other_settings_train_and_resume_as_well(
-    recipe: Recipe, tmp_path: Path, cache_root: Path, skip: SkipConfig | None
+    recipe: ScratchRecipe, tmp_path: Path, cache_root: Path, skip: SkipConfig | None
 ) -> None:
     other = replace(recipe, model=replace(recipe.model, skip=skip))
     run(other, tmp_path, cache_root=cache_root, kill_at=3)
@@ -227,7 +229,9 @@ def test_other_settings_train_and_resume_as_well(
     assert load_checkpoint(tmp_path / "checkpoint").config.skip == skip
 
 
-def test_a_blind_run_never_looks(recipe: Recipe, features: FeatureCache, tmp_path: Path, cache_root: Path) -> None:
+def test_a_blind_run_never_looks(
+    recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path, cache_root: Path
+) -> None:
     """Other features, same answer losses; the patches are still looked at for their own loss."""
     blind = replace(recipe, blind=True)
     run(blind, tmp_path / "blind", cache_root=cache_root)
@@ -243,7 +247,9 @@ def test_a_blind_run_never_looks(recipe: Recipe, features: FeatureCache, tmp_pat
     assert by_features[0][1] != by_features[1][1]
 
 
-def test_a_killed_run_with_random_selection_goes_on_exactly(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_a_killed_run_with_random_selection_goes_on_exactly(
+    recipe: ScratchRecipe, tmp_path: Path, cache_root: Path
+) -> None:
     random = replace(recipe, model=replace(recipe.model, skip=SkipConfig(6, 4, selector="random")))
     run(random, tmp_path / "whole", cache_root=cache_root)
     run(random, tmp_path / "killed", cache_root=cache_root, kill_at=3)
@@ -253,7 +259,9 @@ def test_a_killed_run_with_random_selection_goes_on_exactly(recipe: Recipe, tmp_
     assert killed == whole
 
 
-def test_random_selection_draws_anew_at_every_step(recipe: Recipe, features: FeatureCache, tmp_path: Path) -> None:
+def test_random_selection_draws_anew_at_every_step(
+    recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path
+) -> None:
     random = replace(recipe, model=replace(recipe.model, skip=SkipConfig(6, 4, selector="random")))
     random = replace(random, optim=replace(random.optim, warmup_steps=1, learning_rate=1e-12, weight_decay=0.0))
     the_run = made_run(random, tmp_path)
@@ -266,7 +274,7 @@ def test_random_selection_draws_anew_at_every_step(recipe: Recipe, features: Fea
 
 
 def test_a_killed_run_goes_on_exactly_where_some_batches_know_no_patches(
-    recipe: Recipe, features: FeatureCache, tmp_path: Path
+    recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path
 ) -> None:
     """As with easy-VQA, whose pictures come without truths: their batches leave the patch head alone."""
     slow = replace(recipe, optim=replace(recipe.optim, steps=4, warmup_steps=0), save_every=2)
@@ -289,13 +297,13 @@ def test_a_killed_run_goes_on_exactly_where_some_batches_know_no_patches(
     assert step(3, resumed) == step(3, whole)
 
 
-def test_a_batch_larger_than_the_data_is_refused(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_a_batch_larger_than_the_data_is_refused(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     large = replace(recipe, optim=replace(recipe.optim, batch_size=9))
     with pytest.raises(TrainError, match="batch_size"):
         run(large, tmp_path, cache_root=cache_root)
 
 
-def test_a_text_width_that_no_question_fits_is_refused(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_a_text_width_that_no_question_fits_is_refused(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     narrow = replace(recipe, optim=replace(recipe.optim, text_width=4))
     with pytest.raises(TrainError, match="text_width"):
         run(narrow, tmp_path, cache_root=cache_root)
@@ -308,7 +316,7 @@ def tokenizer_of(features: FeatureCache) -> Tokenizer:
     return train_tokenizer([q.question + q.answer for draws in features.questions for draw in draws for q in draw], 400)
 
 
-def made_run(recipe: Recipe, output: Path) -> Run:
+def made_run(recipe: ScratchRecipe, output: Path) -> Run:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["What is this? This is a red circle."], 400)
     text = replace(recipe.model.text, vocab_size=tokenizer.get_vocab_size())
@@ -317,11 +325,11 @@ def made_run(recipe: Recipe, output: Path) -> Run:
     return Run(recipe, model, tokenizer, output)
 
 
-def training_layout(recipe: Recipe) -> TokenLayout:
+def training_layout(recipe: ScratchRecipe) -> TokenLayout:
     return TokenLayout(() if recipe.blind else (ImageSpan.of(recipe.model),))
 
 
-def test_a_batch_depends_on_seed_and_step_alone(recipe: Recipe, features: FeatureCache) -> None:
+def test_a_batch_depends_on_seed_and_step_alone(recipe: ScratchRecipe, features: FeatureCache) -> None:
     tokenizer = tokenizer_of(features)
     one, other = (Batches(recipe, features, tokenizer) for _ in range(2))
     for step in range(3):
@@ -335,7 +343,7 @@ def test_a_batch_depends_on_seed_and_step_alone(recipe: Recipe, features: Featur
     assert not torch.equal(elsewhere(0)[1].input_ids, one(0)[1].input_ids)
 
 
-def test_every_picture_comes_once_an_epoch(recipe: Recipe, features: FeatureCache) -> None:
+def test_every_picture_comes_once_an_epoch(recipe: ScratchRecipe, features: FeatureCache) -> None:
     batches = Batches(recipe, features, tokenizer_of(features))
     attention = features.gather(range(len(features)))["cls_attention"]
     for epoch in range(2):
@@ -343,7 +351,7 @@ def test_every_picture_comes_once_an_epoch(recipe: Recipe, features: FeatureCach
         assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, attention.tolist()))
 
 
-def test_labels_ask_for_the_answer_and_the_end_and_nothing_else(recipe: Recipe, features: FeatureCache) -> None:
+def test_labels_ask_for_the_answer_and_the_end_and_nothing_else(recipe: ScratchRecipe, features: FeatureCache) -> None:
     """Walked by hand: a row is taught if and only if the next id stands between <assistant> and <end>."""
     tokenizer = tokenizer_of(features)
     special = special_ids(tokenizer)
@@ -365,7 +373,7 @@ def test_labels_ask_for_the_answer_and_the_end_and_nothing_else(recipe: Recipe, 
     assert turns > 2
 
 
-def test_second_turns_share_a_block_with_the_first(recipe: Recipe, features: FeatureCache) -> None:
+def test_second_turns_share_a_block_with_the_first(recipe: ScratchRecipe, features: FeatureCache) -> None:
     tokenizer = tokenizer_of(features)
     user = special_ids(tokenizer)[USER]
     for share in (0.0, 1.0):
@@ -376,7 +384,7 @@ def test_second_turns_share_a_block_with_the_first(recipe: Recipe, features: Fea
         assert torch.equal(blocks, questions if share == 0 else torch.ones_like(blocks))
 
 
-def test_the_learning_rate_warms_up_and_falls_to_the_minimum(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_learning_rate_warms_up_and_falls_to_the_minimum(recipe: ScratchRecipe, tmp_path: Path) -> None:
     settings = replace(recipe, optim=replace(recipe.optim, steps=100, warmup_steps=10, min_learning_rate=1e-4))
     the_run = made_run(settings, tmp_path)
     rates = []
@@ -390,7 +398,7 @@ def test_the_learning_rate_warms_up_and_falls_to_the_minimum(recipe: Recipe, tmp
     assert min(rates[10:]) > 1e-4
 
 
-def test_norms_and_biases_do_not_decay(recipe: Recipe, tmp_path: Path) -> None:
+def test_norms_and_biases_do_not_decay(recipe: ScratchRecipe, tmp_path: Path) -> None:
     the_run = made_run(recipe, tmp_path)
     decayed, spared = (set(map(id, group["params"])) for group in the_run.optimiser.param_groups)
     for name, parameter in the_run.trained.named_parameters():
@@ -398,7 +406,7 @@ def test_norms_and_biases_do_not_decay(recipe: Recipe, tmp_path: Path) -> None:
     assert decayed | spared == {id(parameter) for parameter in the_run.trained.parameters()}
 
 
-def test_a_fresh_model_summarises_by_the_mean(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_fresh_model_summarises_by_the_mean(recipe: ScratchRecipe, tmp_path: Path) -> None:
     model = made_run(recipe, tmp_path).model
     assert model.summary is not None
     tokens = torch.randn(2, 5, 16)
@@ -496,7 +504,7 @@ def test_every_name_and_letter_of_the_real_vocabulary_has_a_token() -> None:
     assert [LABELS[label] for label in label_of[spelled].tolist() if label] == list("STOP")
 
 
-def test_the_first_loss_is_that_of_guessing(recipe: Recipe, features: FeatureCache, tmp_path: Path) -> None:
+def test_the_first_loss_is_that_of_guessing(recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path) -> None:
     the_run = made_run(recipe, tmp_path)
     data, text = Batches(recipe, features, the_run.tokenizer)(0)
     answer, _, _ = the_run.step_once(training_layout(recipe), data, text)
@@ -505,7 +513,7 @@ def test_the_first_loss_is_that_of_guessing(recipe: Recipe, features: FeatureCac
 
 
 def test_the_place_loss_reaches_the_layers_before_the_middle(
-    recipe: Recipe, features: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     the_run = made_run(recipe, tmp_path)
     layers = the_run.model.decoder.layers
@@ -524,7 +532,7 @@ def test_the_place_loss_reaches_the_layers_before_the_middle(
     assert reached == [True, False]
 
 
-def test_alignment_teaches_the_projector_alone(recipe: Recipe, features: FeatureCache, tmp_path: Path) -> None:
+def test_alignment_teaches_the_projector_alone(recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path) -> None:
     aligning = replace(recipe, optim=replace(recipe.optim, align_steps=30, align_batch_size=4))
     the_run = made_run(aligning, tmp_path)
     before = {name: tensor.clone() for name, tensor in the_run.model.state_dict().items()}
@@ -536,7 +544,7 @@ def test_alignment_teaches_the_projector_alone(recipe: Recipe, features: Feature
     assert {name.split(".")[0] for name in changed} == {"projector"}
 
 
-def test_alignment_is_done_once_and_anew_after_a_kill(recipe: Recipe, tmp_path: Path, cache_root: Path) -> None:
+def test_alignment_is_done_once_and_anew_after_a_kill(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     aligning = replace(recipe, optim=replace(recipe.optim, align_steps=3, align_batch_size=4))
     run(aligning, tmp_path / "whole", cache_root=cache_root)
     run(aligning, tmp_path / "killed", cache_root=cache_root, kill_at=2, kill_stage="align")
@@ -546,7 +554,7 @@ def test_alignment_is_done_once_and_anew_after_a_kill(recipe: Recipe, tmp_path: 
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-def test_a_question_too_long_for_the_width_makes_room_for_others(recipe: Recipe, features: FeatureCache) -> None:
+def test_a_question_too_long_for_the_width_makes_room_for_others(recipe: ScratchRecipe, features: FeatureCache) -> None:
     tokenizer = tokenizer_of(features)
     batches = Batches(recipe, features, tokenizer)
     batches.recipe = replace(recipe, optim=replace(recipe.optim, text_width=24))

@@ -1,0 +1,66 @@
+"""One sample of training: a conversation about pictures, however it was stored. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Role = Literal["system", "user", "assistant"]
+
+
+class BrokenSampleError(ValueError):
+    """A sample that cannot be shown: a picture that is missing or broken, an unknown role, too many rows; one reason,
+    without the sample's name."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says; its pictures stand in front of it."""
+
+    role: Role
+    content: str
+    images: int = 0
+
+
+class Picture(Protocol):
+    """A picture that is read when it is needed."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> bytes:
+        """The encoded file. Raises BrokenSampleError."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, and the pictures that they show, in order."""
+
+    name: str
+    """What messages call it: file and place, and its id where it has one."""
+    turns: tuple[Turn, ...]
+    pictures: tuple[Picture, ...] = ()
+
+
+class Source(Protocol):
+    """A set of conversations that can be asked for any of them, so that their order is ours. It can be pickled, for
+    processes that read pictures."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Raises BrokenSampleError; `name_of` says which."""
+
+    def name_of(self, index: int) -> str:
+        """Of a sample that may be broken."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that is left out."""
+
+    name: str
+    reason: str
