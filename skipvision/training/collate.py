@@ -28,8 +28,8 @@ from skipvision.training.task import Counts
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. It is never empty: where nothing is left to show, one row stands there that says nothing, and
-    where there is no picture, a blank one whose rows nobody takes. So all parts of a model take part in each."""
+    """A micro-batch. Where nothing is left to show one row stands there that has nothing to say, so that processes that
+    wait for one another do the same."""
 
     input_ids: Tensor
     """[B, T]."""
@@ -52,13 +52,9 @@ class Batch:
     counts: Counts
     names: tuple[str, ...]
     broken: tuple[Broken, ...] = ()
-    seed: int = 0
-    """Of what is random in the model: dropout, and the random selector."""
 
 
-def collate(
-    sequences: Sequence[Sequence[Sample]], config: ModelConfig, *, broken: Sequence[Broken] = (), seed: int = 0
-) -> Batch:
+def collate(sequences: Sequence[Sequence[Sample]], config: ModelConfig, broken: Sequence[Broken] = ()) -> Batch:
     """Sequences without a sample are left out."""
     sequences = [samples for samples in sequences if samples]
     samples = list(chain.from_iterable(sequences))
@@ -73,14 +69,13 @@ def collate(
         said = np.array([label for sample in each for label in row_labels(sample)], dtype=np.int64)
         labels[row, : layout.num_kept] = said[layout.positions[: layout.num_kept]]
     side = config.vision.image_size
-    views = [view for sample in samples for view in sample.views] or [
-        (np.zeros((1, 3, side, side), np.float32), Cut(side, side))
-    ]
+    views = [view for sample in samples for view in sample.views]
+    pixels = [np.zeros((0, 3, side, side), np.float32), *(pixels for pixels, _ in views)]
     spans = [span for sample in samples for span in sample.layout.images]
     return Batch(
         input_ids=torch.tensor([[*each, *[0] * (width - len(each))] for each in ids]),
         labels=torch.from_numpy(labels),
-        pixels=torch.from_numpy(np.concatenate([pixels for pixels, _ in views]).astype(np.float32, copy=False)),
+        pixels=torch.from_numpy(np.concatenate(pixels).astype(np.float32, copy=False)),
         cuts=tuple(cut for _, cut in views),
         source=torch.from_numpy(batch.source),
         order=torch.from_numpy(batch.positions),
@@ -97,7 +92,6 @@ def collate(
         ),
         names=tuple(sample.name for sample in samples),
         broken=tuple(broken),
-        seed=seed,
     )
 
 

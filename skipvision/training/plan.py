@@ -167,25 +167,29 @@ class Plan:
         empty."""
         return in_turn(self._micros(step), rank, world)
 
-    def validation(self, rank: int = 0, world: int = 1) -> Sequence[MicroPlan]:
-        """Micro-batches of what is held out, each sample alone in its sequence."""
-        return in_turn(by_length(self.held_out, self.samples.rows, self.micro_batch_size), rank, world)
-
     def steps_of(self, number: int) -> int:
-        return -(-len(self.epoch(number).sequences) // self.batch_size)
-
-    def _epoch_of(self, step: int) -> tuple[int, int]:
-        """Its number and first step."""
-        while self._first_steps[-1] <= step:
-            self._first_steps.append(self._first_steps[-1] + self.steps_of(len(self._first_steps) - 1))
-        number = bisect_left(self._first_steps, step + 1) - 1
-        return number, self._first_steps[number]
+        """Of an epoch."""
+        return self._first_step(number + 1) - self._first_step(number)
 
     def num_steps(self, epochs: float) -> int:
         """Of so many epochs; at least one."""
         whole = int(epochs)
-        steps = sum(self.steps_of(number) for number in range(whole))
-        return max(1, steps + (round((epochs - whole) * self.steps_of(whole)) if epochs > whole else 0))
+        part = round((epochs - whole) * self.steps_of(whole)) if epochs > whole else 0
+        return max(1, self._first_step(whole) + part)
+
+    def _first_step(self, number: int) -> int:
+        """Of an epoch; how many steps those before it have is known only when they are made."""
+        while len(self._first_steps) <= number:
+            sequences = len(self.epoch(len(self._first_steps) - 1).sequences)
+            self._first_steps.append(self._first_steps[-1] + -(-sequences // self.batch_size))
+        return self._first_steps[number]
+
+    def _epoch_of(self, step: int) -> tuple[int, int]:
+        """Its number and first step."""
+        while self._first_steps[-1] <= step:
+            self._first_step(len(self._first_steps))
+        number = bisect_left(self._first_steps, step + 1) - 1
+        return number, self._first_steps[number]
 
 
 def in_turn(micros: Sequence[MicroPlan], rank: int, world: int) -> list[MicroPlan]:

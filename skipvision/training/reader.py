@@ -16,10 +16,6 @@ from skipvision.training.plan import MicroPlan
 from skipvision.training.samples import Sample, read_sample
 from skipvision.training.speaker import Speaker
 
-Order = tuple[MicroPlan, int]
-"""A micro-batch, and the seed of what is random in it."""
-
-
 class ReadError(ValueError):
     """Reading ended; the message says what to do."""
 
@@ -35,12 +31,11 @@ class Reader(Dataset[Batch]):
     config: ModelConfig
     max_length: int
 
-    def __getitem__(self, order: Order) -> Batch:
+    def __getitem__(self, micro: MicroPlan) -> Batch:
         """Broken samples are left out, and named."""
-        micro, seed = order
         broken: list[Broken] = []
         sequences = [[*self._read(sequence, broken)] for sequence in micro]
-        return collate(sequences, self.config, broken=broken, seed=seed)
+        return collate(sequences, self.config, broken)
 
     def _read(self, sequence: Iterable[int], broken: list[Broken]) -> Iterator[Sample]:
         for sample in sequence:
@@ -51,15 +46,15 @@ class Reader(Dataset[Batch]):
             except BrokenSampleError as error:
                 broken.append(Broken(source.name_of(index), str(error)))
 
-    def batches(self, orders: Iterable[Order], num_workers: int) -> Iterator[Batch]:
-        """As ordered, read ahead by `num_workers` processes; 0 reads each when it is asked for.
+    def batches(self, micros: Iterable[MicroPlan], num_workers: int) -> Iterator[Batch]:
+        """In this order, read ahead by `num_workers` processes; 0 reads each when it is asked for.
 
         Raises ReadError where such a process dies.
         """
         loader = DataLoader(
             self,
             batch_size=None,
-            sampler=orders,
+            sampler=micros,
             num_workers=num_workers,
             # A forked process would inherit locks of threads that it does not have.
             multiprocessing_context="spawn" if num_workers else None,

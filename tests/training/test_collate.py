@@ -140,7 +140,7 @@ def test_counts_and_names() -> None:
     model = own(tiny.MERGED)
     samples = samples_for(model, tiny.IMAGE)
     broken = [Broken("nine", "no picture")]
-    batch = collate([samples[:2], [], samples[2:]], model.config, broken=broken, seed=3)
+    batch = collate([samples[:2], [], samples[2:]], model.config, broken)
     assert batch.names == tuple(CONVERSATIONS)
     assert batch.broken == tuple(broken)
     counts = batch.counts
@@ -169,33 +169,22 @@ def test_questions_are_no_labels() -> None:
     assert sorted(batch.labels[batch.labels != IGNORE].tolist()) == sorted([13, 20, 16, 20, 18, 19, 20, 11, 14, 29])
 
 
-@pytest.mark.parametrize("sequences", ["nothing", "text alone"])
-def test_every_part_takes_part_in_every_micro_batch(sequences: str) -> None:
-    """Or else processes would wait for gradients that one of them does not have."""
+def test_nothing_at_all_has_a_loss_of_no_weight_and_no_gradient() -> None:
     model = own(tiny.MERGED)
-    text = [sample_of("text", CONVERSATIONS["text-only"], model.config, tiny.IMAGE)]
-    batch = collate([] if sequences == "nothing" else [text], model.config)
+    objective = TuneModule(model)(collate([], model.config))
+    assert (objective.weight, objective.total.item()) == (0, 0)
+    objective.total.backward()
+    for layer in model.decoder.layers:
+        assert all(each.grad is not None and not each.grad.any() for each in layer.parameters())
+
+
+def test_text_alone_passes_no_encoder() -> None:
+    model = own(tiny.MERGED)
+    batch = collate([[sample_of("text", CONVERSATIONS["text-only"], model.config, tiny.IMAGE)]], model.config)
     objective = TuneModule(model)(batch)
     objective.total.backward()
-    unused = [name for name, each in model.named_parameters() if each.grad is None]
-    assert unused == []
-    for part in (model.projector, model.summary):
-        assert part is not None
-        assert all(each.grad is not None and not each.grad.any() for each in part.parameters())
-    if sequences == "nothing":
-        assert objective.weight == 0
-        assert objective.total.item() == 0
-        assert not any(each.grad is not None and each.grad.any() for each in model.parameters())
-
-
-def test_a_newline_takes_part_in_text_alone() -> None:
-    kind = next(kind for kind in zoo.KINDS if kind.family == "llava_next")
-    model = published(kind, None)
-    batch = collate([[sample_of("text", CONVERSATIONS["text-only"], model.config, zoo.IMAGE)]], model.config)
-    TuneModule(model)(batch).total.backward()
-    assert model.newline is not None
-    assert model.newline.grad is not None
-    assert not model.newline.grad.any()
+    assert objective.weight == 3
+    assert all(each.grad is None for each in model.vision.parameters())
 
 
 @pytest.mark.parametrize("skip", [tiny.MERGED, tiny.SKIPS["merged-seen-by-all"]], ids=["image", "all"])
@@ -214,13 +203,14 @@ def test_skipped_rows_pass_no_ffn(skip: SkipConfig) -> None:
     assert batch.num_kept == max(kept) < batch.source.shape[1]
 
 
-def test_the_random_selector_draws_by_the_seed() -> None:
+def test_the_random_selector_draws_from_torch() -> None:
+    """So that whoever seeds that before each micro-batch knows what is drawn."""
     model = own(SkipConfig(5, 4, "random"))
     samples = samples_for(model, tiny.IMAGE)
 
     def loss(seed: int) -> float:
-        batch = collate([[each] for each in samples], model.config, seed=seed)
-        return float(TuneModule(model)(batch).answer_loss)
+        torch.manual_seed(seed)
+        return TuneModule(model)(collate([[each] for each in samples], model.config)).answer_loss.item()
 
     assert loss(1) == loss(1) != loss(2)
 
