@@ -30,6 +30,10 @@ class BrokenSampleError(ValueError):
         self.kind: Kind = kind
 
 
+class DataSetError(ValueError):
+    """A whole set of conversations that cannot be read; one sentence that names it."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one side says; its pictures stand in front of it."""
@@ -66,6 +70,10 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Another one where its files are others; pictures that lie beside them do not count."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Conversation:
@@ -81,3 +89,4 @@ class Broken:
 
     name: str
     reason: str
+    kind: Kind = "refused"

@@ -87,6 +87,9 @@ def _read(
 ) -> tuple[Spoken, TokenLayout, tuple[Cut, ...]]:
     """All but pixels."""
     is_alone = len(conversation.pictures) == 1
+    if len(conversation.pictures) > max_length:  # each of which would be opened
+        reason = f"{len(conversation.pictures):,} pictures, and at most {max_length:,} rows are allowed"
+        raise BrokenSampleError(reason, "too long")
     cuts = tuple(_cut(picture, config, is_alone) for picture in conversation.pictures)
     spoken = speaker.speak(conversation.turns, cuts)
     spans = [span for cut in cuts for span in picture_spans(config, cut)]
