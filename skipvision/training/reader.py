@@ -44,7 +44,7 @@ class Reader(Dataset[Batch]):
             try:
                 yield read_sample(source, index, self.speaker, self.config, self.max_length)
             except BrokenSampleError as error:
-                broken.append(Broken(source.name_of(index), str(error)))
+                broken.append(Broken(source.name_of(index), str(error), error.kind))
 
     def batches(self, micros: Iterable[MicroPlan], num_workers: int) -> Iterator[Batch]:
         """In this order, read ahead by `num_workers` processes; 0 reads each when it is asked for.
