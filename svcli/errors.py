@@ -50,16 +50,21 @@ _USERS_INPUT = frozenset(
 )
 _LACKING = frozenset({"MachineError", "NoRoomError", "ProviderError"})
 _EXTRA_OF = {
+    "datasets": "train",
     "huggingface_hub": "torch",
     "matplotlib": "plots",
     "onnx": "torch",
     "onnx_ir": "torch",
     "onnxruntime": "cpu",
     "onnxscript": "torch",
+    "peft": "train",
     "resvg_py": "data",
     "safetensors": "torch",
+    "tensorboard": "loggers",
     "tomli": "torch",
+    "tomli_w": "train",
     "torch": "torch",
+    "wandb": "loggers",
 }
 
 

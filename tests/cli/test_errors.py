@@ -31,6 +31,11 @@ def test_what_the_user_gave_is_2_and_what_failed_is_1() -> None:
         ("onnx", "torch"),
         ("resvg_py", "data"),
         ("matplotlib.figure", "plots"),
+        ("datasets", "train"),
+        ("peft", "train"),
+        ("tomli_w", "train"),
+        ("tensorboard.compat", "loggers"),
+        ("wandb", "loggers"),
     ],
 )
 def test_a_missing_extra_comes_with_its_install_command(module: str, extra: str) -> None:
