@@ -18,6 +18,8 @@ Selector = Literal["cls_attention", "received_attention", "first", "random", "un
 Visibility = Literal["image", "all"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 ProjectorKind = Literal["mlp", "linear", "resampler"]
+Transparency = Literal["white", "dropped"]
+"""What a model wants behind transparent parts of a picture: white, or whatever colour they carry."""
 
 SELECTORS = get_args(Selector)
 RANKED: tuple[Selector, ...] = ("cls_attention", "received_attention")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from skipvision.config import ConfigError, ModelConfig, from_mapping
+from skipvision.config import ConfigError, ModelConfig, Transparency, from_mapping
 from svcli_export.contract import Contract, ContractError, GraphName, build_contract
 
 FORMAT_VERSION = 1
@@ -21,7 +21,6 @@ _REMEDY = "re-export it with `svcli export`"
 
 Fit = Literal["pad", "pad_first", "crop", "stretch"]
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-Transparency = Literal["white", "dropped"]
 
 
 class BundleError(ValueError):

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 Role = Literal["system", "user", "assistant"]
 
 
+Kind = Literal[
+    "unreadable",
+    "unknown role",
+    "marks differ",
+    "no answer",
+    "missing picture",
+    "broken picture",
+    "too long",
+    "refused",
+]
+"""What is wrong with a sample, for counting."""
+
+
 class BrokenSampleError(ValueError):
     """A sample that cannot be shown: a picture that is missing or broken, an unknown role, too many rows; one reason,
-    without the sample's name."""
+    without the sample's name. `refused` is what the chat template says no to."""
+
+    def __init__(self, reason: str, kind: Kind = "refused") -> None:
+        super().__init__(reason)
+        self.kind: Kind = kind
+
+
+class DataSetError(ValueError):
+    """A whole set of conversations that cannot be read; one sentence that names it."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +49,8 @@ class Picture(Protocol):
     @property
     def name(self) -> str: ...
 
-    def read(self) -> bytes:
-        """The encoded file. Raises BrokenSampleError."""
+    def open(self) -> BinaryIO:
+        """The encoded file, which can be sought. Raises BrokenSampleError."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,10 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Another one where its files are others; pictures that lie beside them do not count."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Conversation:
@@ -64,3 +89,4 @@ class Broken:
 
     name: str
     reason: str
+    kind: Kind = "refused"

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 from PIL import Image
 
-from skipvision.config import ModelConfig
+from skipvision.config import ModelConfig, Transparency
 from skipvision.tiles import Cut
 from skipvision.training.conversation import Turn
 
@@ -31,6 +31,10 @@ class Speaker(Protocol):
     @property
     def image_id(self) -> int:
         """The placeholder."""
+
+    @property
+    def transparency(self) -> Transparency:
+        """What it wants behind transparent parts of a picture."""
 
     def speak(self, turns: Sequence[Turn], cuts: Sequence[Cut]) -> Spoken:
         """`cuts` of all pictures, in order. Raises BrokenSampleError for what the chat template refuses."""

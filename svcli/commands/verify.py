@@ -19,10 +19,11 @@ from svcli.settings import bundled_model
 if TYPE_CHECKING:
     from PIL import Image
 
+    from skipvision.config import Transparency
     from svcli_engines.base import Engine
     from svcli_engines.compare import Comparison, Layer, Opener, Stage, Verification
     from svcli_export.agreement import Difference
-    from svcli_export.manifest import Manifest, Transparency
+    from svcli_export.manifest import Manifest
 
 ENGINES = tuple(name.value for name in EngineName)
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

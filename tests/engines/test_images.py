@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svcli_engines import images
+from skipvision import pictures
 from svcli_engines.images import ImageError, open_image
 from svcli_export.manifest import ImageProcessing
 from svcli_export.pixels import to_pixels
@@ -53,7 +53,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, size: tuple[int,
 def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.png"
     path.write_bytes(b"x" * 2000)
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 1000)
     with pytest.raises(ImageError, match=r"large\.png: larger than"):
         open_image(path)
 
