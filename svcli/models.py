@@ -8,8 +8,10 @@ from pathlib import Path
 from svcli import ui
 
 
-def model_folder(name: str, *, with_weights: bool = True, check: Callable[[str], object] | None = None) -> Path:
-    """The folder of the model, fetched from the hub if it must be, with a bar on stderr.
+def model_folder(
+    name: str, *, with_weights: bool = True, check: Callable[[str], object] | None = None, is_quiet: bool = False
+) -> Path:
+    """The folder of the model, fetched from the hub if it must be, with a bar on stderr unless `is_quiet`.
 
     `check` raises ConfigError for the config.json of a model that is not wanted; it knows whole families if left out.
     Raises what `skipvision.hub.find_model` does, and UnreachableError where the network goes in between.
@@ -18,7 +20,7 @@ def model_folder(name: str, *, with_weights: bool = True, check: Callable[[str],
     from skipvision.hub import find_model
 
     notes: list[str] = []
-    with ui.Progress() as progress:
+    with ui.Progress(is_quiet) as progress:
         folder = find_model(
             name,
             with_weights=with_weights,
@@ -28,6 +30,6 @@ def model_folder(name: str, *, with_weights: bool = True, check: Callable[[str],
             ),
             note=notes.append,
         )
-    for sentence in notes:
+    for sentence in () if is_quiet else notes:
         ui.note(sentence)
     return folder

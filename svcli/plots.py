@@ -1,4 +1,4 @@
-"""Figures of a profile as PNG. The only file that knows matplotlib."""
+"""Figures of a profile and of a training run as PNG. The only file that knows matplotlib."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from skipvision.profile import Floats, Spread
+    from svcli.training.facts import History
 
 _DPI = 150
 # Okabe and Ito's colours, which colour-blind people tell apart; markers and hatches tell them apart in grey print.
@@ -69,6 +70,65 @@ def draw(folder: Path, spread: Spread, num_pictures: int, model: str) -> list[Pa
         _write(folder / name, image.getvalue())
         paths.append(folder / name)
     return paths
+
+
+def draw_losses(path: Path, history: History, title: str) -> None:
+    """Training loss, validation and learning rate of a run, in one move. Raises OSError where that fails,
+    ModuleNotFoundError without matplotlib."""
+    import numpy as np
+
+    figure = _new_figure()
+    axes = figure.subplots()
+    steps, losses = np.asarray(history.steps), np.asarray(history.losses)
+    rates = axes.twinx()
+    rates.plot(steps, history.learning_rates, color="#D55E00", linestyle=":", linewidth=1.2, label="learning rate")
+    rates.set_ylabel("learning rate", color="#D55E00")
+    rates.set_ylim(bottom=0)
+    rates.ticklabel_format(axis="y", scilimits=(-2, 2))
+    # The losses in front of the learning rate.
+    axes.set_zorder(rates.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.plot(steps, losses, color="#0072B2", alpha=0.3, linewidth=0.8, label="training, each step")
+    axes.plot(steps, _smoothed(losses), color="#0072B2", linewidth=2, label="training, smoothed")
+    scored = [(step, scores["loss"]) for step, scores in history.validations if "loss" in scores]
+    if scored:
+        axes.plot(*zip(*scored, strict=True), color="#000000", marker="o", markersize=4, label="validation")
+    _fit_losses(axes, losses, [loss for _, loss in scored])
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token of the answers, nats")
+    axes.grid(axis="y", alpha=0.3)
+    handles, labels = (
+        mine + theirs
+        for mine, theirs in zip(axes.get_legend_handles_labels(), rates.get_legend_handles_labels(), strict=True)
+    )
+    axes.legend(handles, labels, fontsize="small", loc="upper right")
+    figure.suptitle(_in_font(title), parse_math=False, fontsize="medium")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    _write(path, image.getvalue())
+
+
+def _smoothed(losses: Floats) -> Floats:
+    """The mean over a thirtieth of the run around each step; what is not finite is left out."""
+    import numpy as np
+
+    window = np.ones(2 * (len(losses) // 60) + 1)
+    known = np.isfinite(losses)
+    sums, counts = (
+        np.convolve(each, window)[len(window) // 2 :][: len(losses)]
+        for each in (np.where(known, losses, 0.0), known.astype(np.float64))
+    )
+    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+
+
+def _fit_losses(axes: Axes, losses: Floats, scores: Sequence[float]) -> None:
+    """From 0 up to what almost all of the run stays below, so that its first steps do not press the rest flat."""
+    import numpy as np
+
+    finite = losses[np.isfinite(losses)]
+    if len(finite):
+        top = max(float(np.quantile(finite, 0.98)), *(score for score in scores if math.isfinite(score)), 0.0)
+        axes.set_ylim(0, top * 1.1 or 1.0)
 
 
 def _new_figure() -> Figure:

@@ -1,4 +1,4 @@
-"""Everything that is drawn: results go to stdout, all else to stderr. The only file that knows rich.
+"""What is drawn: results go to stdout, all else to stderr. Only this and training/panel.py know rich.
 
 Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals.
 """
@@ -62,7 +62,7 @@ def note(message: str) -> None:
 def show(line: str) -> None:
     """One line of a result."""
     console = stdout()
-    console.print(_encodable(console, printable(line)), soft_wrap=True)
+    console.print(encodable(console, printable(line)), soft_wrap=True)
 
 
 def welcome(greeting: str, first_steps: Sequence[tuple[str, str]]) -> None:
@@ -76,14 +76,14 @@ def welcome(greeting: str, first_steps: Sequence[tuple[str, str]]) -> None:
         console.print(purpose, style="dim", soft_wrap=True)
 
 
-def pairs(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """A title and what is known about it, one fact a line, on stdout."""
+def pairs(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
+    """A title and what is known about it, one fact a line, on stdout or another console."""
     view = Table(title=printable(title), show_header=False, **_TABLE_STYLE)
     view.add_column(style="dim", no_wrap=True)
     view.add_column(overflow="fold")
     for row in rows:
         view.add_row(*map(printable, row))
-    stdout().print(view, "")
+    (console or stdout()).print(view, "")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -93,7 +93,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for column in columns:
         view.add_column(column, overflow="fold")
     for row in rows:
-        view.add_row(*(_encodable(console, printable(cell)) for cell in row))
+        view.add_row(*(encodable(console, printable(cell)) for cell in row))
     if Measurement.get(console, console.options.update(max_width=_UNBOUNDED), view).maximum <= console.width:
         console.print(view, "")
         return
@@ -102,7 +102,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         said = [f"{column} {cell}".strip() for column, cell in zip(columns[1:], row[1:], strict=True) if cell]
         for line in pack([printable(part) for part in (row[0], *said)], console.width):
-            console.print(_encodable(console, line))
+            console.print(encodable(console, line))
     console.print()
 
 
@@ -134,7 +134,7 @@ def duration(seconds: float) -> str:
 
 def _remark(label: str, style: str, message: str) -> None:
     console = stderr()
-    text = Text.assemble((label, style), " ", _encodable(console, printable(message)))
+    text = Text.assemble((label, style), " ", encodable(console, printable(message)))
     # One line for programs, whole words for people.
     console.print(text, soft_wrap=not console.is_terminal)
 
@@ -153,9 +153,10 @@ class Progress:
     WIDTH_FOR_FACTS = 70
     """Where there is less room, the bar and the times are worth more."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_quiet: bool = False) -> None:
+        self._is_quiet = is_quiet
         self._console = stderr()
-        self._live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = not is_quiet and self._console.is_terminal and not self._console.is_dumb_terminal
         wide = self._console.width >= self.WIDTH_FOR_FACTS
         self._bar = BarProgress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -181,7 +182,7 @@ class Progress:
 
     def update(self, what: str, done: float, total: float, *facts: str) -> None:
         """`done` of `total` of `what`. Another `what` begins a bar of its own, so that its time left is its own."""
-        joined = _encodable(self._console, " · ".join(facts))
+        joined = encodable(self._console, " · ".join(facts))
         if what != self._what:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -195,6 +196,8 @@ class Progress:
 
     def log(self, line: str) -> None:
         """A line that stays, above the bar."""
+        if self._is_quiet:
+            return
         self._bar.console.print(printable(line), soft_wrap=True)
         self._last_line = time.monotonic()
 
@@ -221,7 +224,7 @@ class ChatView:
     def wait(self, message: str) -> None:
         """Say what takes time; the first word of the answer takes its place."""
         if self._decorated and not self._console.is_dumb_terminal:
-            text = _encodable(self._console, printable(message))
+            text = encodable(self._console, printable(message))
             self._console.print(text, style="dim", end="", no_wrap=True, overflow="ellipsis")
             self._waiting = True
 
@@ -252,7 +255,7 @@ class ChatView:
         """`parts` as one dim line, broken only between parts, on a terminal only."""
         if self._decorated:
             for line in pack(parts, self._console.width):
-                self._console.print(_encodable(self._console, line), style="dim", soft_wrap=True)
+                self._console.print(encodable(self._console, line), style="dim", soft_wrap=True)
 
     def _erase(self) -> None:
         if self._waiting:
@@ -271,7 +274,7 @@ def pack(parts: Sequence[str], width: int, separator: str = " · ") -> list[str]
     return lines
 
 
-def _encodable(console: Console, text: str) -> str:
+def encodable(console: Console, text: str) -> str:
     """The text in letters that the console's encoding has."""
     try:
         text.encode(console.encoding)

@@ -25,7 +25,9 @@ OPTIONAL = {
         'no TensorRT-RTX (pip install "tensorrt-rtx-cu13>=1.7" "polygraphy>=0.53"): the plans of a tiny model and of'
         " the bundled one for sm_80, sm_89 and sm_120 were not built"
     ),
+    "tensorboard": "no tensorboard (pip install tensorboard): what a run logs to it was not read back",
     "transformers": "no transformers (pip install transformers): our models and sizes were not held against theirs",
+    "wandb": "no wandb (pip install wandb): its logger was checked against a stand-in only",
 }
 
 

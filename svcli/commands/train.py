@@ -2,41 +2,168 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svcli import ui
+from svcli.errors import FAILURE, UsageError
+from svcli.models import model_folder
+from svcli.training.facts import RunFacts, read_history
 
 if TYPE_CHECKING:
+    from skipvision.training.events import Event, Report
     from skipvision.training.scratch import TrainEvent
+    from skipvision.training.scratch_recipe import ScratchRecipe
+    from skipvision.training.tune_recipe import TuneRecipe
+    from svcli.training.facts import History
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file that says what to train, and on what.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="TOML file that says what to train, and on what; or a preset."),
+    ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the run; the checkpoint goes into it.")
-    ],
-    cache: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Folder for encoded pictures, shared between runs.")
-    ] = Path("build/features"),
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the run; the checkpoint goes into it."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Another value than the recipe's, such as optim.steps=100; repeatable."
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole recipe as TOML, and leave.")
+    ] = False,
+    list_presets: Annotated[bool, typer.Option("--list", help="Name the presets, and leave.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew instead of going on where the run was stopped.")
     ] = False,
+    cache: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Folder for encoded pictures, shared between runs of a model from nothing."
+        ),
+    ] = Path("build/features"),
 ) -> None:
-    """Train a model from a recipe.
+    """Train a model from a recipe: one that there is, on conversations about pictures, or a small one from nothing.
 
-    Started again after a stop, it goes on where it was.
+    Started again after a stop, it goes on where it was. In a pipe each event is one JSON object on stdout.
     """
-    from skipvision.training.scratch import train as run
-    from skipvision.training.scratch_recipe import load_recipe
+    from skipvision.training.recipes import PRESETS, as_toml, read_recipe
+    from skipvision.training.tune_recipe import TuneRecipe
 
-    settings = load_recipe(recipe)
+    if list_presets:
+        for name, preset in PRESETS.items():
+            ui.show(f"{name}  {preset}")
+        return
+    if recipe is None:
+        raise UsageError("name a recipe, or see the presets: svcli train --list")
+    settings = read_recipe(recipe, changes or ())
+    if print_config:
+        ui.show(as_toml(settings).rstrip())
+        return
+    if output is None:
+        raise UsageError("name the folder of the run: svcli train RECIPE -o FOLDER")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; name a folder for the run")
+    output.mkdir(parents=True, exist_ok=True)
+    if isinstance(settings, TuneRecipe):
+        _tune(settings, as_toml(settings), output, fresh=fresh)
+    else:
+        _train_scratch(settings, output, cache, fresh=fresh)
+
+
+def _tune(recipe: TuneRecipe, text: str, output: Path, *, fresh: bool) -> None:
+    from svcli.training import loggers
+
+    loggers.check(recipe.log)
+    is_first = _is_first_process()
+    folder = model_folder(recipe.base, is_quiet=not is_first)
+    if not is_first:
+        _run(recipe, folder, output, lambda _event: None, fresh=fresh)
+        return
+    facts = RunFacts()
+    with _told_how_to_go_on(facts), ExitStack() as stack:
+        reports: list[Report] = [facts]
+        if sys.stdout.isatty():
+            from svcli.training.panel import Watch
+
+            reports.append(stack.enter_context(Watch(facts)))
+        else:
+            from svcli.training.lines import JsonLines
+
+            reports.append(JsonLines())
+        reports += loggers.open_loggers(recipe.log, output, asdict(recipe), text, fresh=fresh, stack=stack)
+        checkpoint = _run(recipe, folder, output, lambda event: _tell(reports, event), fresh=fresh)
+    history = read_history(output / "log.jsonl")
+    if history.steps:
+        _draw(output, history)
+    if sys.stdout.isatty():
+        from svcli.training.panel import show_summary
+
+        show_summary(facts, history)
+        ui.show(str(checkpoint))
+
+
+def _run(recipe: TuneRecipe, folder: Path, output: Path, report: Report, *, fresh: bool) -> Path:
+    from skipvision.training.events import StageEvent
+    from skipvision.training.tune import tune
+    from svcli_export.tuning import read_base
+
+    base = read_base(folder, recipe, lambda what, share: report(StageEvent(what, share, 1.0)))
+    return tune(recipe, base, output, report, fresh=fresh)
+
+
+def _is_first_process() -> bool:
+    """Of those that torchrun has started: the one that shows what all of them do."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _tell(reports: Sequence[Report], event: Event) -> None:
+    for report in reports:
+        report(event)
+
+
+@contextmanager
+def _told_how_to_go_on(facts: RunFacts) -> Iterator[None]:
+    """A sentence for whoever stops a run."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code == FAILURE:  # another process has said what failed
+            raise
+        if facts.resumable_step:
+            ui.note(f"stopped; the same command, without --fresh, goes on from step {facts.resumable_step:,}")
+        else:
+            ui.note("stopped before anything was saved; the same command begins anew")
+        raise
+
+
+def _draw(output: Path, history: History) -> None:
+    try:
+        from svcli.plots import draw_losses
+
+        draw_losses(output / "loss.png", history, output.resolve().name)
+    except ModuleNotFoundError:
+        ui.note('matplotlib is not installed, so there is no loss.png: pip install "svcli[plots]"')
+
+
+def _train_scratch(recipe: ScratchRecipe, output: Path, cache: Path, *, fresh: bool) -> None:
+    from skipvision.training.scratch import train as run
+
     try:
         with ui.Progress() as progress:
             progress.update("preparing", 0, 1)
-            checkpoint = run(settings, output, lambda event: _show(event, progress), cache_root=cache, fresh=fresh)
+            checkpoint = run(recipe, output, lambda event: _show(event, progress), cache_root=cache, fresh=fresh)
     except KeyboardInterrupt:
         ui.note("stopped; the same command, without --fresh, goes on from the last save")
         raise

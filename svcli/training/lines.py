@@ -1,0 +1,30 @@
+"""A training run for programs: one JSON object a line on stdout. A reader that goes does not end the run."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from skipvision.training.events import Event, StageEvent
+from svcli import ui
+from svcli.errors import silence_stdout
+from svcli.training.facts import row
+
+
+class JsonLines:
+    """Writes each event but what is said beside the steps."""
+
+    def __init__(self) -> None:
+        self._is_read = True
+
+    def __call__(self, event: Event) -> None:
+        """Hours of training are worth more than a reader who was content with the first lines."""
+        if not self._is_read or isinstance(event, StageEvent):
+            return
+        try:
+            sys.stdout.write(json.dumps(row(event)) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self._is_read = False
+            silence_stdout()
+            ui.note("nobody reads these lines any more; training goes on, and log.jsonl in its folder has them")
