@@ -98,14 +98,31 @@ class SkipVisionModel(nn.Module):
         if self.newline is None:
             return self.encode_images(pixels, generator)
         features, attention = self._see(pixels)
-        tokens = self.projector(features)
+        return self._joined(self.projector(features), self._token_attention(attention), cut, generator)
+
+    def encode_pictures(self, pixels: Tensor, cuts: Sequence[Cut], generator: torch.Generator | None = None) -> Tensor:
+        """All views of several pictures [I, 3, H, W] to the visual rows of all, one behind the other: [1, V, D].
+
+        Encoder and projector see all views at once.
+        """
+        if self.newline is None:
+            return self.encode_images(pixels, generator).flatten(0, 1)[None]
+        features, attention = self._see(pixels)
+        views = [cut.num_views for cut in cuts]
+        tokens = torch.split(self.projector(features), views)
+        paid = torch.split(self._token_attention(attention), views)
+        return torch.cat([self._joined(*each, generator) for each in zip(tokens, paid, cuts, strict=True)], 1)
+
+    def _joined(self, tokens: Tensor, attention: Tensor, cut: Cut, generator: torch.Generator | None) -> Tensor:
+        """Tokens [I, T, D] of one picture's views, and what is paid to each [I, T], to [1, V, D]."""
+        assert self.newline is not None
         pieces = mosaic(self.config, cut)
         index = torch.from_numpy(pieces.index).to(tokens.device)
         weight = torch.from_numpy(pieces.weight).to(tokens)
         table = torch.cat([tokens.flatten(0, 1), self.newline[None]])
         rows = (table[index] * weight[..., None]).sum(0)
         # A newline is attended to by nothing.
-        paid = torch.cat([self._token_attention(attention).flatten(), attention.new_zeros(1)])
+        paid = torch.cat([attention.flatten(), attention.new_zeros(1)])
         scores = (paid[index] * weight.to(paid)).sum(0)
         return self.split(rows[None], scores[None], generator)
 
