@@ -11,12 +11,12 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image
 
-from skipvision.config import ModelConfig
+from skipvision.config import ModelConfig, Transparency
 from skipvision.tiles import Cut
 from skipvision.training.conversation import BrokenSampleError, Turn
 from skipvision.training.speaker import IGNORE, Spoken
 from svcli_export.chat import ChatTokenizer, Message
-from svcli_export.manifest import ChatFormat, ImageProcessing, Transparency
+from svcli_export.manifest import ChatFormat, ImageProcessing
 from svcli_export.pixels import to_views
 from svcli_export.processing_file import checkpoint_files
 from svcli_export.template import ChatError

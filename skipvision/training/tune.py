@@ -174,7 +174,10 @@ class TuneTask:
         batches = self.reader.batches(micros(), self.recipe.data.num_workers)
         known = self._broken if rank == 0 else ()
         for first in batches:
-            step = [replace(first, broken=(*known, *first.broken)), *(next(batches) for _ in range(sizes.popleft() - 1))]
+            step = [
+                replace(first, broken=(*known, *first.broken)),
+                *(next(batches) for _ in range(sizes.popleft() - 1)),
+            ]
             known = ()
             yield step
 
