@@ -69,10 +69,9 @@ def export_variants(options: argparse.Namespace) -> dict[str, Variant]:
     if skipped.config.skip is None:
         raise SystemExit(f"{options.checkpoint} does not skip: there is nothing to compare")
     dense = skipped.with_skip(None)
-    tokenizer, template = (
-        (options.checkpoint / name).read_text(encoding="utf-8") for name in ("tokenizer.json", "chat_template.jinja")
-    )
-    save_checkpoint(dense, options.work / "checkpoint-dense", tokenizer, template)
+    beside = ("tokenizer.json", "chat_template.jinja")
+    files = {name: (options.checkpoint / name).read_text(encoding="utf-8") for name in beside}
+    save_checkpoint(dense, options.work / "checkpoint-dense", files)
     checkpoints = {"dense": options.work / "checkpoint-dense", "skipped": options.checkpoint}
     variants = {}
     for name, checkpoint in checkpoints.items():

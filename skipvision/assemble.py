@@ -28,7 +28,8 @@ from skipvision.published import load_decoder, load_tower
 from skipvision.summary import SummaryPool
 from skipvision.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, special_ids
 
-_CHECKPOINT_FILES = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+_TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
+_CHECKPOINT_FILES = {"config.json", "model.safetensors", _TOKENIZER, _TEMPLATE, "processing.json"}
 _CHUNK = 4096
 """Rows of an embedding that are looked at in fp32 at a time."""
 
@@ -88,7 +89,7 @@ def assemble(
     if model.summary is not None:
         model.summary = SummaryPool(config.text.hidden_size, of_mean=True)
     progress("writing the checkpoint", 0.3)
-    save_checkpoint(model, output, tokenizer.to_str(pretty=True), template, dtype)
+    save_checkpoint(model, output, {_TOKENIZER: tokenizer.to_str(pretty=True), _TEMPLATE: template}, dtype)
     progress("done", 1.0)
     return config
 

@@ -1,4 +1,5 @@
-"""A checkpoint: a folder with config.json, model.safetensors, tokenizer.json and chat_template.jinja.
+"""A checkpoint: a folder with config.json and model.safetensors, and beside them tokenizer.json, chat_template.jinja
+and whatever else whoever speaks to the model needs.
 
 Safetensors only: nothing here unpickles.
 """
@@ -19,6 +20,7 @@ from skipvision.folders import write_directory
 from skipvision.model import SkipVisionModel
 
 _TIED = "decoder.head.weight"
+_WEIGHTS = "model.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -38,36 +40,35 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def save_checkpoint(
-    model: SkipVisionModel, directory: Path, tokenizer_json: str, chat_template: str, dtype: torch.dtype = torch.float32
+    model: SkipVisionModel, directory: Path, files: Mapping[str, str], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes the model in `dtype`, atomically; a tied output head is stored once."""
-    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    if model.config.text.tie_embeddings:
-        del tensors[_TIED]
+    """Writes the model in `dtype`, and `files`, texts by their names, beside it; atomically."""
+    save_weights(model.config, model.state_dict(), directory, files, dtype)
+
+
+def save_weights(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    directory: Path,
+    files: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The same of a model's state dict; a tied output head is stored once."""
+    tied = {_TIED} if config.text.tie_embeddings else set()
+    tensors = {name: tensor.to(dtype) for name, tensor in weights.items() if name not in tied}
 
     def write(folder: Path) -> None:
-        (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
-        (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        save_tensors(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        save_tensors(tensors, folder / _WEIGHTS)
 
     write_directory(directory, write)
 
 
 def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> SkipVisionModel:
     """The model in `dtype`, in eval mode, on the CPU. Raises CheckpointError with what is wrong."""
-    if not directory.is_dir():
-        raise NoCheckpointError(f"{directory}: no such checkpoint folder")
-    config_file, weights_file = directory / "config.json", directory / "model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.exists():
-            raise CheckpointError(f"{directory}: {file.name} is missing")
-    try:
-        config = ModelConfig.from_json(config_file.read_text(encoding="utf-8"))
-    except ConfigError as error:
-        raise CheckpointError(f"{config_file}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{config_file}: unreadable ({error})") from None
+    config, weights_file = read_config(directory), directory / _WEIGHTS
     try:
         tensors = load_file(weights_file)
     except (OSError, SafetensorError) as error:
@@ -80,6 +81,22 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> Skip
     except RuntimeError as error:
         raise CheckpointError(f"{directory}: the weights do not fit config.json: {first_misfit(error)}") from None
     return model.to(dtype).eval()
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """What a checkpoint is, without its weights, which are there. Raises CheckpointError."""
+    if not directory.is_dir():
+        raise NoCheckpointError(f"{directory}: no such checkpoint folder")
+    file = directory / "config.json"
+    for name in (file.name, _WEIGHTS):
+        if not (directory / name).exists():
+            raise CheckpointError(f"{directory}: {name} is missing")
+    try:
+        return ModelConfig.from_json(file.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: unreadable ({error})") from None
 
 
 def first_misfit(error: RuntimeError) -> str:

@@ -356,6 +356,14 @@ class ModelConfig:
     def num_skipped(self) -> int:
         return 0 if self.skip is None else self.skip.num_skipped
 
+    def with_skip(self, skip: SkipConfig | None) -> ModelConfig:
+        """The same model with another setting, which a plain one was not trained for."""
+        return replace(self, skip=skip, skip_trained=skip is None or (self.skip is not None and self.skip_trained))
+
+    def as_trained(self) -> ModelConfig:
+        """After training, in which its projector and its skip setting always take part."""
+        return replace(self, projector_trained=True, skip_trained=True)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

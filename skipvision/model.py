@@ -7,7 +7,7 @@ V visual rows, L rows, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class SkipVisionModel(nn.Module):
         A plain model that is to skip gets a summary layer that takes the mean of its group, until it is trained.
         """
         with torch.device("meta"):
-            other = SkipVisionModel(self._config_with(skip))
+            other = SkipVisionModel(self.config.with_skip(skip))
         names = other.state_dict().keys()
         state = {name: each for name, each in self.state_dict().items() if name in names}
         if other.summary is not None and self.summary is None:
@@ -79,12 +79,6 @@ class SkipVisionModel(nn.Module):
         if self.config.text.tie_embeddings:
             other.decoder.head.weight = other.decoder.embed.weight
         return other.train(self.training)
-
-    def _config_with(self, skip: SkipConfig | None) -> ModelConfig:
-        config = self.config
-        return replace(
-            config, skip=skip, skip_trained=skip is None or (config.skip is not None and config.skip_trained)
-        )
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[I, 3, H, W] to visual rows [I, V, D] in attention order: retained, summary, skipped, summary.

@@ -220,7 +220,7 @@ def _renamed(theirs: str) -> str | None:
 
 def _stored(directory: Path) -> Iterator[tuple[str, Tensor, float]]:
     """Each tensor by its name, and what share of the files lies behind it."""
-    files = _files(directory)
+    files = weight_files(directory)
     for number, file in enumerate(files):
         path = directory / file
         try:
@@ -234,7 +234,7 @@ def _stored(directory: Path) -> Iterator[tuple[str, Tensor, float]]:
             raise CheckpointError(f"{path}: unreadable ({error}); download it again") from None
 
 
-def _files(directory: Path) -> list[str]:
+def weight_files(directory: Path) -> list[str]:
     """Names of the safetensors files, one or the shards of an index."""
     index = directory / _INDEX
     if not index.is_file():

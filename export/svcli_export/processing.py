@@ -62,7 +62,7 @@ def read_processing(folder: Path, config: ModelConfig) -> PublishedProcessing:
         stop_ids=_stop_ids(folder, model, tokenizer),
         published=PublishedPrompt(variables=tokenizer.variables, image_token=image_token, tags=seen.tags),
     )
-    _check(folder, tokenizer.json, chat)
+    check_chat(folder, tokenizer.json, chat)
     return PublishedProcessing(seen.config, seen.processing, chat, tokenizer.json)
 
 
@@ -77,7 +77,7 @@ def _original(folder: Path, model: Mapping[str, Any], config: ModelConfig) -> Pu
         stop_ids=tuple(sorted({*_stop_ids(folder, model, tokenizer), *ends})),
         published=PublishedPrompt(variables=tokenizer.variables, image_token=IMAGE, tags=False),
     )
-    _check(folder, text, chat)
+    check_chat(folder, text, chat)
     vision = config.vision
     image = ImageProcessing(
         image_size=vision.image_size,
@@ -89,7 +89,8 @@ def _original(folder: Path, model: Mapping[str, Any], config: ModelConfig) -> Pu
     return PublishedProcessing(config, image, chat, text)
 
 
-def _check(folder: Path, tokenizer: str, chat: ChatFormat) -> None:
+def check_chat(folder: Path, tokenizer: str, chat: ChatFormat) -> None:
+    """Raises ProcessingError where a published model cannot be spoken to."""
     try:
         ChatTokenizer(tokenizer, chat.template, chat.published)
     except (TemplateError, RecursionError) as error:

@@ -12,7 +12,7 @@ import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
-from skipvision.checkpoint import load_checkpoint
+from skipvision.checkpoint import load_checkpoint, read_config
 from skipvision.config import ModelConfig, SkipConfig, VisionConfig
 from skipvision.model import SkipVisionModel
 from skipvision.published import load_published, read_known
@@ -27,7 +27,8 @@ from svcli_export.manifest import (
     Manifest,
     load_manifest,
 )
-from svcli_export.processing import read_processing
+from svcli_export.processing import check_chat, read_processing
+from svcli_export.processing_file import PROCESSING_FILE, TEMPLATE_FILE, read_processing_file
 from svcli_export.published_files import is_published
 from svcli_export.quantize import num_blocks_read
 from svcli_export.restore import restore_model
@@ -38,6 +39,19 @@ _CONTEXT = 1024
 
 class SourceError(ValueError):
     """A source with a file that cannot be read, or without something that is asked of it."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model without its weights, and how it is spoken to."""
+
+    config: ModelConfig
+    """With its own skip setting."""
+    tokenizer: str
+    chat: ChatFormat
+    image: ImageProcessing
+    manifest: Manifest | None = None
+    """Of a bundle."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +104,40 @@ def read_source(
     from their tokenizer and config will not do. Raises SourceError,
     or CheckpointError, BundleError, ConfigError or ProcessingError for what cannot be read.
     """
+    outline = read_outline(folder, tower=tower, processor=processor)
+    if outline.manifest is not None:
+        model = restore_model(folder, outline.manifest, mapped=True)
+    elif is_published(folder):
+        model = load_published(folder, stored_dtype(folder), progress, tower=tower, skip=skip(outline.config))
+    else:
+        model = load_checkpoint(folder)
+    return Source(model, outline.tokenizer, outline.chat, outline.image, outline.manifest)
+
+
+def read_outline(
+    folder: Path, *, tower: Path | None = None, processor: Path | None = None, check_files: bool = True
+) -> Outline:
+    """What there is in `folder`, its weights aside, which of a bundle are hashed unless `check_files` is False. Raises
+    what `read_source` does."""
     if (folder / MANIFEST_FILE).is_file():
-        manifest = load_manifest(folder)
-        model = restore_model(folder, manifest, mapped=True)
-        return Source(model, _read(folder / TOKENIZER_FILE), manifest.chat, manifest.image, manifest)
+        manifest = load_manifest(folder, check_files=check_files)
+        return Outline(manifest.config, _read(folder / TOKENIZER_FILE), manifest.chat, manifest.image, manifest)
     if is_published(folder):
         known = read_known(folder, tower).config
         read = read_processing(processor or folder, known)
-        asked = skip(known)
         if read.config.tiles != known.tiles:
             raise SourceError(f"{folder}: its processor cuts pictures into other tiles than its config.json says")
-        model = load_published(folder, stored_dtype(folder), progress, tower=tower, skip=asked)
-        return Source(model, read.tokenizer, read.chat, read.image)
-    model = load_checkpoint(folder)
-    tokenizer, template = _read(folder / TOKENIZER_FILE), _read(folder / "chat_template.jinja")
-    return Source(model, tokenizer, own_chat(folder, tokenizer, template), own_image(model.config.vision))
+        return Outline(known, read.tokenizer, read.chat, read.image)
+    config = read_config(folder)
+    tokenizer, template = _read(folder / TOKENIZER_FILE), _read(folder / TEMPLATE_FILE)
+    kept = read_processing_file(folder)
+    if kept is None:
+        return Outline(config, tokenizer, own_chat(folder, tokenizer, template), own_image(config.vision))
+    chat, image = kept
+    check_chat(folder, tokenizer, chat)
+    if image.image_size != config.vision.image_size:
+        raise SourceError(f"{folder}: {PROCESSING_FILE} makes pictures of another size than its config.json says")
+    return Outline(config, tokenizer, chat, image)
 
 
 def own_image(vision: VisionConfig) -> ImageProcessing:

@@ -108,7 +108,8 @@ def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Pa
     run.align(training, report)
     run.train(training, validation, report)
     checkpoint = output / "checkpoint"
-    save_checkpoint(model, checkpoint, tokenizer.to_str(pretty=True), CHAT_TEMPLATE)
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE}
+    save_checkpoint(model, checkpoint, files)
     return checkpoint
 
 

@@ -51,7 +51,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if not token.isascii() or not token.isalpha():
                 model.decoder.head.weight[number] = 0
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    save_checkpoint(model.eval(), folder, tokenizer.to_str(pretty=True), CHAT_TEMPLATE)
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE}
+    save_checkpoint(model.eval(), folder, files)
     return folder
 
 

@@ -195,8 +195,8 @@ def test_what_is_no_model_is_refused(picture: Path, tmp_path: Path) -> None:
 def test_a_plain_model_asks_for_a_setting(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
     from skipvision.checkpoint import load_checkpoint, save_checkpoint
 
-    texts = [(checkpoint / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")]
-    save_checkpoint(load_checkpoint(checkpoint).with_skip(None), tmp_path / "plain", texts[0], texts[1])
+    files = {name: (checkpoint / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")}
+    save_checkpoint(load_checkpoint(checkpoint).with_skip(None), tmp_path / "plain", files)
     done = profile(tmp_path / "plain", picture, code=2)
     assert done.stderr.splitlines()[-1] == (
         "Error: this model does not skip; name a setting by --skip, such as --skip 64/64, or by --preset"

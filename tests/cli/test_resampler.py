@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from skipvision.checkpoint import save_checkpoint
 from skipvision.config import SkipConfig
-from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from skipvision.tokenizer import train_tokenizer
 from svcli.app import app
 from svcli_export.manifest import load_manifest
 from tests.cli.conftest import ROOT, SENTENCES
-from tests.export.tiny import VOCAB, drawn, resampler_config
+from tests.export.tiny import VOCAB, drawn, own_files, resampler_config
 
 
 def run(*arguments: str | Path, code: int = 0) -> str:
@@ -34,7 +34,7 @@ def resampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and the bundle beside it that `svcli export` makes of it."""
     folder = tmp_path_factory.mktemp("resampled") / "checkpoint"
     model = drawn(resampler_config(SkipConfig(11, 6, "first", num_unpooled=3)))
-    save_checkpoint(model, folder, train_tokenizer(SENTENCES, VOCAB).to_str(), CHAT_TEMPLATE)
+    save_checkpoint(model, folder, own_files(train_tokenizer(SENTENCES, VOCAB)))
     run("export", folder, "-o", folder.with_name("bundle"), "--precision", "fp32", "--max-context", "160")
     return folder
 
@@ -78,7 +78,7 @@ def test_another_split_is_refused_where_no_scale_ends(resampled: Path, tmp_path:
 
 def test_a_plain_model_is_exported_with_a_split(tmp_path: Path) -> None:
     model = drawn(resampler_config())
-    save_checkpoint(model, tmp_path / "plain", train_tokenizer(SENTENCES, VOCAB).to_str(), CHAT_TEMPLATE)
+    save_checkpoint(model, tmp_path / "plain", own_files(train_tokenizer(SENTENCES, VOCAB)))
     options = ["--precision", "fp32", "--max-context", "160"]
     run("export", tmp_path / "plain", "-o", tmp_path / "bundle", "--skip", "11/6", *options)
     skip = load_manifest(tmp_path / "bundle").config.skip

@@ -12,7 +12,7 @@ import torch
 
 from skipvision.checkpoint import save_checkpoint
 from skipvision.config import ModelConfig, ResamplerConfig, SkipConfig
-from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from skipvision.tokenizer import train_tokenizer
 from svcli_export.bundle import export_bundle
 from svcli_export.contract import Precision, build_contract
 from svcli_export.decoder_graphs import decode_graph, prefill_graph
@@ -23,7 +23,7 @@ from svcli_export.runtime import open_session
 from svcli_export.verify import verify, violations
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import WEIGHTS_FILE, WeightFile
-from tests.export.tiny import VOCAB, asked, drawn, resampler_config
+from tests.export.tiny import VOCAB, asked, drawn, own_files, resampler_config
 
 PROMPT = [2, 5, 1, 6, 7, 3]
 SKIP = SkipConfig(num_retained=11, num_skipped=6, selector="first", num_unpooled=3)
@@ -94,7 +94,7 @@ def test_several_pictures_are_each_as_if_alone(tmp_path: Path) -> None:
 def test_a_bundle_is_written_and_its_model_comes_back(tmp_path: Path) -> None:
     model = drawn(resampler_config(SKIP))
     tokenizer = train_tokenizer(["what is this? a red ball", "how many cats? three"], VOCAB)
-    save_checkpoint(model, tmp_path / "cos", tokenizer.to_str(), CHAT_TEMPLATE)
+    save_checkpoint(model, tmp_path / "cos", own_files(tokenizer))
     for precision in ("fp32", "fp16", "int8"):
         folder = tmp_path / precision
         manifest = export_bundle(tmp_path / "cos", folder, precision=precision, max_context=192)

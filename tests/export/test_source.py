@@ -90,8 +90,8 @@ def test_layers_that_a_bundle_has_not_are_not_made_up(tmp_path: Path) -> None:
     config = tiny_config(SkipConfig(4, 6, selector="uniform"))
     deeper = replace(config, vision=replace(config.vision, select_layer=3))
     tokens = tiny_checkpoint(tmp_path / "tokens")
-    tokenizer, template = ((tokens / name).read_text() for name in ("tokenizer.json", "chat_template.jinja"))
-    save_checkpoint(SkipVisionModel(deeper), tmp_path / "checkpoint", tokenizer, template)
+    files = {name: (tokens / name).read_text() for name in ("tokenizer.json", "chat_template.jinja")}
+    save_checkpoint(SkipVisionModel(deeper), tmp_path / "checkpoint", files)
     bundle = made(tmp_path / "checkpoint", tmp_path / "bundle", "fp32", max_context=96)
     with pytest.raises(SourceError, match="holds only those layers"):
         export_bundle(bundle, tmp_path / "other", skip=SKIP)

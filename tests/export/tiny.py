@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from skipvision.checkpoint import save_checkpoint
@@ -124,8 +125,13 @@ def drawn(config: ModelConfig) -> SkipVisionModel:
 
 def tiny_checkpoint(folder: Path, skip: SkipConfig | None = SKIP, *, tied: bool = True, clip: bool = False) -> Path:
     tokenizer = train_tokenizer(["what is this? a red ball", "how many cats? three"], VOCAB)
-    save_checkpoint(tiny_model(skip, tied=tied, clip=clip), folder, tokenizer.to_str(), CHAT_TEMPLATE)
+    save_checkpoint(tiny_model(skip, tied=tied, clip=clip), folder, own_files(tokenizer))
     return folder
+
+
+def own_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """Beside the weights of a model of our own."""
+    return {"tokenizer.json": tokenizer.to_str(), "chat_template.jinja": CHAT_TEMPLATE}
 
 
 def asked(model: SkipVisionModel, pixels: npt.NDArray[np.float32], prompt: Sequence[int]) -> list[Sample]:

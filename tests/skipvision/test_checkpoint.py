@@ -21,11 +21,12 @@ from skipvision.model import SkipVisionModel
 from tests.skipvision.tiny import PROMPTS, SKIPS, batch_of, tiny_config, tiny_model
 
 WEIGHTS = "model.safetensors"
+FILES = {"tokenizer.json": "{}", "chat_template.jinja": "template", "processing.json": "more"}
 
 
 def saved(folder: Path, model: SkipVisionModel | None = None) -> Path:
     path = folder / "checkpoint"
-    save_checkpoint(model or tiny_model(dtype=torch.float32), path, "{}", "template")
+    save_checkpoint(model or tiny_model(dtype=torch.float32), path, FILES)
     return path
 
 
@@ -53,23 +54,18 @@ def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     assert "decoder.head.weight" in load_file(saved(tmp_path / "untied") / WEIGHTS)
 
 
-def test_tokenizer_and_template_lie_beside_the_weights(tmp_path: Path) -> None:
+def test_files_lie_beside_the_weights(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    assert sorted(each.name for each in path.iterdir()) == [
-        "chat_template.jinja",
-        "config.json",
-        WEIGHTS,
-        "tokenizer.json",
-    ]
-    assert (path / "tokenizer.json").read_text(encoding="utf-8") == "{}"
-    assert (path / "chat_template.jinja").read_text(encoding="utf-8") == "template"
+    assert {each.name for each in path.iterdir()} == {"config.json", WEIGHTS, *FILES}
+    for name, text in FILES.items():
+        assert (path / name).read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_weights_are_stored_and_loaded_in_the_dtype_that_is_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
     model = tiny_model(dtype=torch.float32)
     path = tmp_path / "checkpoint"
-    save_checkpoint(model, path, "", "", dtype)
+    save_checkpoint(model, path, FILES, dtype)
     assert {tensor.dtype for tensor in load_file(path / WEIGHTS).values()} == {dtype}
     assert {parameter.dtype for parameter in load_checkpoint(path).parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in load_checkpoint(path, dtype).parameters()} == {dtype}

@@ -272,7 +272,7 @@ def test_a_plain_resampler_learns_to_skip_with_its_own_weights(tmp_path: Path) -
     model = plain.with_skip(SKIP)
     names = dict(plain.projector.named_parameters())
     assert all(each.data_ptr() == names[name].data_ptr() for name, each in model.projector.named_parameters())
-    save_checkpoint(model, tmp_path / "cos", "{}", "")
+    save_checkpoint(model, tmp_path / "cos", {})
     again = load_checkpoint(tmp_path / "cos")
     assert again.config == model.config
     with torch.no_grad():
