@@ -224,6 +224,64 @@ def training_time() -> str:
     )
 
 
+_PASSES = ("forward", "backward")
+
+
+def training_ratio() -> str:
+    """A step at the paper's settings, dense against skipped."""
+    found = result("training_ratio")
+    rows = []
+    for name, case in found.items():
+        setting, step, flops = PRESETS[name], case["step"], case["flops"]
+        interval = step["ratio"]
+        rows.append(
+            [
+                f"{setting.title}, {setting.num_retained} + {setting.num_skipped} of {setting.num_tokens:,}",
+                str(case["batch_size"]),
+                *(seconds(step[kind]["median"]) for kind in ("dense", "skipped")),
+                f"{interval['ratio']:.2f}",
+                f"{interval['low']:.2f} to {interval['high']:.2f}",
+                *(f"{flops[shape]['ratio']:.2f}" for shape in ("measured", "llama-3-8b")),
+                f"{case['fall']['quotient']:.2f}",
+                "" if setting.printed.hours is None else f"{setting.printed.hours:.2f}",
+            ]
+        )
+    header = ["retained + skipped", "batch", "dense", "skipped", "ratio", "95 %", "FLOPs ratio", "of LLaMA-3-8B"]
+    header += ["time saved by FLOPs saved", "the paper's hours"]
+    first = next(iter(found.values()))
+    text = first["decoder"]
+    return (
+        f"{table(header, rows)}\n\nA step is forward, backward and AdamW's update in {first['dtype']}, visual rows"
+        f" included, medians of alternating steps; {on_machine(first)}. The decoder: {text['num_layers']} layers of"
+        f" {text['hidden_size']:,}, FFN {text['intermediate_size']:,}, {text['num_heads']} heads of {text['head_dim']},"
+        f" {text['num_kv_heads']} KV heads, random weights."
+    )
+
+
+def training_work() -> str:
+    """What the time of such a step is spent on, and what it keeps."""
+    rows = []
+    for name, case in result("training_ratio").items():
+        spent = [{kind: case[stage][kind]["median"] for kind in ("dense", "skipped")} for stage in _PASSES]
+        work = case["work"]
+        spent += [{kind: work[kind][what] for kind in work} for what in ("matmul", "attention")]
+        spent.append({kind: sum(work[kind][what] for what in ("copies", "optimiser", "rest")) for kind in work})
+        others = {kind: each["to_baseline"]["ratio"] for kind, each in case["others"].items()}
+        rows.append(
+            [
+                f"`{name}`",
+                *(f"{seconds(each['dense'])} -> {seconds(each['skipped'])}" for each in spent),
+                percent(case["split"]["median"] / case["step"]["skipped"]["median"]),
+                " -> ".join(gibibytes(case["saved_bytes"][kind]) for kind in ("dense", "skipped")),
+                f"{others['masked'] if case['baseline'] == 'causal' else 1 / others['causal']:.2f}",
+                f"{others['image']:.2f}",
+            ]
+        )
+    header = ["dense -> skipped", *_PASSES, "matrix products", "attention", "all else", "select and merge, of a step"]
+    header += ["kept for backward", "plain: mask to causal kernel", "ratio with visibility `image`"]
+    return table(header, rows)
+
+
 def selection() -> str:
     """Whether what is retained is what matters."""
     found = result("accuracy").get("selection")
@@ -506,6 +564,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "engines": engines,
     "start": start,
     "training": training_time,
+    "training_ratio": training_ratio,
+    "training_work": training_work,
     "selection": selection,
     "kernels": kernels,
     "gpu": gpu,

@@ -22,6 +22,7 @@ DOCUMENTS = tuple(
         "docs/models.md",
         "docs/plugins.md",
         "docs/profile.md",
+        "docs/training.md",
         "models/skipvision-tiny/README.md",
     )
 )

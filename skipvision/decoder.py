@@ -76,10 +76,12 @@ class Attention(nn.Module):
         value = self.v(hidden).view(batch, rows, self.num_kv_heads, self.head_dim).transpose(1, 2)
         return apply_rope(query, *rope), apply_rope(key, *rope), value
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """[B, N, D] from K attended rows; `mask` [B, 1, N, K], True where a row may look."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N, D] from K attended rows; `mask` [B, 1, N, K], True where a row may look. None: K = N, and a row looks
+        at itself and at those before it."""
+        grouped = self.num_heads != self.num_kv_heads
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=self.num_heads != self.num_kv_heads
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
         return self.o(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -108,7 +110,7 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, num_kept: int
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, num_kept: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [B, N, D] behind the layer, and the key and value [B, G, N, d] that it made of all rows."""
         query, key, value = self.attention.project(self.norm1(hidden), rope)
@@ -147,9 +149,10 @@ class Decoder(nn.Module):
         return self.head(self.norm(hidden))  # type: ignore[no-any-return]
 
     def forward(
-        self, hidden: Tensor, position_ids: Tensor, mask: Tensor, num_kept: int, cache: KVCache | None = None
+        self, hidden: Tensor, position_ids: Tensor, mask: Tensor | None, num_kept: int, cache: KVCache | None = None
     ) -> Tensor:
-        """Prefill: `hidden` [B, N, D] in memory order, `position_ids` [B, N], `mask` [B, 1, N, N].
+        """Prefill: `hidden` [B, N, D] in memory order, `position_ids` [B, N], `mask` [B, 1, N, N], or
+        None where each row looks at all before it, as in a plain model: kernels then leave out half of the pairs.
 
         Returns the kept rows [B, num_kept, D] before the final norm. A `cache` (empty) receives their K and V only:
         what is skipped is evicted by never being written.

@@ -26,6 +26,7 @@ SCRIPTS = (
     "smollm2",
     "speed",
     "tables",
+    "training_ratio",
     "training_time",
     "twins",
 )
@@ -47,6 +48,7 @@ def test_only_what_is_listed_is_not_measured() -> None:
         ("README.md", {"accuracy", "twins", "speed", "start"}),
         ("docs/models.md", {"families", "loading", "export_size"}),
         ("docs/profile.md", {"profile"}),
+        ("docs/training.md", {"training_ratio", "training_work"}),
         ("benchmarks/README.md", {"engines", "smollm2", "smollm2_texts"}),
         (
             "models/skipvision-tiny/README.md",

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipvision.config import ModelConfig, SkipConfig
-from skipvision.layout import BatchLayout, TokenLayout
-from skipvision.model import SkipVisionModel
+from skipvision.layout import FOREVER, BatchLayout, TokenLayout
+from skipvision.model import SkipVisionModel, attention_mask
 from tests.skipvision import reference
 from tests.skipvision.tiny import (
     IMAGE,
@@ -193,6 +193,18 @@ def test_prefill_asks_the_head_for_the_last_rows_alone() -> None:
     model.decoder.head.register_forward_pre_hook(lambda _, arguments: shapes.append(arguments[0].shape))
     model.prefill(made.input_ids, made.visual, made.batch, capacity=40)
     assert shapes == [(2, 32)]
+
+
+def test_without_a_mask_a_plain_decoder_looks_at_all_that_stands_before() -> None:
+    decoder = tiny_model(tiny_config(None), dtype=torch.float64).decoder
+    rows = torch.randn(
+        2, 9, decoder.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    positions = torch.arange(9).expand(2, -1)
+    mask = attention_mask(positions, torch.full((2, 9), FOREVER))
+    with torch.no_grad():
+        causal, masked = decoder(rows, positions, None, 9), decoder(rows, positions, mask, 9)
+    np.testing.assert_allclose(causal.numpy(), masked.numpy(), rtol=0, atol=1e-12)
 
 
 def test_a_new_cache_shares_no_memory() -> None:
