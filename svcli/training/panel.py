@@ -180,6 +180,8 @@ def show_summary(facts: RunFacts, history: History) -> None:
     if best := history.best_loss():
         rows.append(("validation", f"best {best[1]:.4f} at step {best[0]:,}"))
     rows.append(("checkpoint", str(done.checkpoint)))
+    if done.chosen:
+        rows.append(("", done.chosen.removeprefix("the checkpoint is ")))
     rows.append(("next", f"svcli export {done.checkpoint} -o {done.checkpoint.parent.name or 'my'}-bundle"))
     ui.pairs("Trained", rows, console=ui.stderr())
 
