@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -21,9 +21,13 @@ def isolated_user(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections from this process fail; the packaging test installs from a process of its own."""
+    """Connections from this process fail but for those to other processes on this machine; the packaging test installs
+    from a process of its own."""
+    connect = socket.socket.connect
 
-    def refuse(_socket: socket.socket, address: Any) -> NoReturn:
-        raise AssertionError(f"a test tried to connect to {address}")
+    def refuse(this: socket.socket, address: Any) -> None:
+        if this.family != socket.AF_UNIX:
+            raise AssertionError(f"a test tried to connect to {address}")
+        connect(this, address)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)

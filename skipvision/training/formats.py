@@ -57,6 +57,8 @@ def read_record(name: str, record: object, picture: Callable[[object], Picture])
 
 def captioned(name: str, caption: str, pictures: tuple[Picture, ...]) -> Conversation:
     """Pictures, and what is to be said of them without being asked. Raises BrokenSampleError."""
+    if not pictures:
+        raise BrokenSampleError("has a caption and no picture", "missing picture")
     turns = [Turn("user", "", len(pictures)), Turn("assistant", caption.strip())]
     _check(turns)
     return Conversation(name, tuple(turns), pictures)

@@ -16,6 +16,7 @@ from skipvision.training.plan import MicroPlan
 from skipvision.training.samples import Sample, read_sample
 from skipvision.training.speaker import Speaker
 
+
 class ReadError(ValueError):
     """Reading ended; the message says what to do."""
 

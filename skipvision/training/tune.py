@@ -18,7 +18,7 @@ from skipvision.checkpoint import save_weights
 from skipvision.model import SkipVisionModel, attention_mask
 from skipvision.training.base import Base
 from skipvision.training.collate import Batch
-from skipvision.training.conversation import Broken, Source
+from skipvision.training.conversation import Source
 from skipvision.training.distributed import Processes, joined
 from skipvision.training.errors import TrainError
 from skipvision.training.events import Report, StageEvent
@@ -40,7 +40,7 @@ _ASIDE = ("save", "log")
 def tune(recipe: TuneRecipe, base: Base, output: Path, report: Report, *, fresh: bool = False) -> Path:
     """Trains `base` by `recipe` into `output`, and returns the finished checkpoint's folder.
 
-    A run that was stopped goes on, unless `fresh`. Under torchrun, all processes call this. Raises TrainError, PlanError
+    A run that was stopped goes on, unless `fresh`. Under torchrun all processes call this. Raises TrainError, PlanError
     and what reading raises.
     """
     with joined() as processes:
@@ -174,7 +174,10 @@ class TuneTask:
         batches = self.reader.batches(micros(), self.recipe.data.num_workers)
         known = self._broken if rank == 0 else ()
         for first in batches:
-            step = [replace(first, broken=(*known, *first.broken)), *(next(batches) for _ in range(sizes.popleft() - 1))]
+            step = [
+                replace(first, broken=(*known, *first.broken)),
+                *(next(batches) for _ in range(sizes.popleft() - 1)),
+            ]
             known = ()
             yield step
 

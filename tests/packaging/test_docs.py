@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from skipvision.training.scratch_recipe import load_recipe
+from skipvision.training.recipes import read_scratch_recipe
 from svcli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def commands(text: str) -> list[str]:
 
 def test_the_figure_of_the_tokens_is_the_one_that_the_recipe_gives() -> None:
     drawing = runpy.run_path(str(ROOT / "docs" / "tokens.py"))
-    assert drawing["draw"](load_recipe(drawing["RECIPE"]).model) == (ROOT / "docs" / "tokens.svg").read_text()
+    assert drawing["draw"](read_scratch_recipe(drawing["RECIPE"]).model) == (ROOT / "docs" / "tokens.svg").read_text()
 
 
 @pytest.mark.parametrize("line", commands(README) + commands(TRAINING))
