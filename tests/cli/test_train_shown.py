@@ -99,6 +99,7 @@ def test_no_line_of_the_panel_is_so_long_that_an_echo_would_fold_it(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("LINES", "60")
     monkeypatch.setattr(sys, "stderr", Terminal())
     facts = RunFacts()
     with Watch(facts) as watch:
