@@ -199,7 +199,9 @@ def test_too_many_broken_samples_stop_the_run_before_it_starts(tmp_path: Path) -
     for name in ("1.png", "2.png"):
         (tmp_path / "set" / name).unlink()
     events: list[Event] = []
-    with pytest.raises(TrainError, match=r"2 of 5 samples are broken, and data.max_broken allows 1; the first: .*line 2: 1.png"):
+    with pytest.raises(
+        TrainError, match=r"2 of 5 samples are broken, and data.max_broken allows 1; the first: .*line 2: 1.png"
+    ):
         tune(recipe_for(path, data={"max_broken": 1}), base_of(), tmp_path / "run", events.append)
     assert not any(isinstance(event, StepEvent) for event in events)
 
