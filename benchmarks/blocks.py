@@ -18,7 +18,7 @@ from skipvision.families import FAMILIES
 from skipvision.known_models import KNOWN_MODELS
 from skipvision.layout import ImageSpan
 from skipvision.presets import PRESETS, Setting
-from skipvision.training.scratch_recipe import load_recipe
+from skipvision.training.recipes import read_scratch_recipe
 
 _RECIPE = Path(__file__).parents[1] / "recipes" / "skipvision-tiny.toml"
 _TASKS = {
@@ -473,7 +473,7 @@ def export_size() -> str:
 
 def model() -> str:
     """Sizes, from the recipe."""
-    config: ModelConfig = load_recipe(_RECIPE).model
+    config: ModelConfig = read_scratch_recipe(_RECIPE).model
     vision, text, span = config.vision, config.text, ImageSpan.of(config)
     layers = ", ".join(map(str, vision.feature_layers))
     rows = [

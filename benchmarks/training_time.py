@@ -32,8 +32,9 @@ from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import train_tokenizer
 from skipvision.training.feature_cache import FeatureCache, compute_dtype, encoded, scene_pictures
+from skipvision.training.recipes import read_scratch_recipe
 from skipvision.training.scratch import Batches, Run, initialise
-from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
+from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.speaker import IGNORE
 from skipvision.vision import VisionEncoder
 
@@ -151,7 +152,7 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     results = surroundings(options.threads)
-    whole = replace(load_recipe(options.recipe), assets=options.assets)
+    whole = replace(read_scratch_recipe(options.recipe), assets=options.assets)
     if whole.model.skip is None:
         raise SystemExit(f"{options.recipe} does not skip: there is nothing to compare")
     recipe = replace(whole, data=replace(whole.data, num_scenes=options.pictures, question_draws=1))

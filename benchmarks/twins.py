@@ -26,8 +26,9 @@ from skipvision.config import SkipConfig
 from skipvision.data import assets as data_assets
 from skipvision.training.evaluate import accuracy, answer_all
 from skipvision.training.feature_cache import FeatureCache, cache_key, encoded, scene_pictures
+from skipvision.training.recipes import read_scratch_recipe
 from skipvision.training.scratch import TrainEvent, train
-from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
+from skipvision.training.scratch_recipe import ScratchRecipe
 
 RESULTS = Path(__file__).parent / "results" / "twins.json"
 TEST_PICTURES, QUESTIONS = 400, 6
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe = replace(load_recipe(options.recipe), assets=options.assets)
+    recipe = replace(read_scratch_recipe(options.recipe), assets=options.assets)
     for name, twin in variants(recipe, options.steps).items():
         if options.only is not None and name not in options.only:
             continue

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from skipvision.config import ModelConfig
 from skipvision.layout import ImageSpan, TokenLayout
-from skipvision.training.scratch_recipe import load_recipe
+from skipvision.training.recipes import read_scratch_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "skipvision-tiny.toml"
 
@@ -94,5 +94,5 @@ def draw(config: ModelConfig) -> str:
 
 if __name__ == "__main__":
     target = Path(__file__).with_name("tokens.svg")
-    target.write_text(draw(load_recipe(RECIPE).model), encoding="utf-8")
+    target.write_text(draw(read_scratch_recipe(RECIPE).model), encoding="utf-8")
     print(f"wrote {target}")

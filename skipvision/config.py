@@ -5,6 +5,7 @@ Every field is validated where it is declared; unknown keys in a file are errors
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -386,9 +387,11 @@ def from_mapping(cls: type[ConfigType], data: Any, where: str = "") -> ConfigTyp
     hints = get_type_hints(cls)
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(known))
+    close = difflib.get_close_matches(unknown[0], known, 1) if unknown else []
     require(
         not unknown,
-        f"{where or 'config'}: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}",
+        f"{where or 'config'}: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(known))}"
+        f"{f'; did you mean {close[0]}?' if close else ''}",
     )
     needed = (name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING)
     missing = [name for name in needed if name not in data]

@@ -1,17 +1,10 @@
-"""A training recipe: a TOML file read into frozen dataclasses; unknown keys are errors."""
+"""A recipe of a model from nothing: TOML, read into frozen dataclasses; unknown keys are errors."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from skipvision.config import ConfigError, ModelConfig, from_mapping, require, require_numbers
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from skipvision.config import ModelConfig, require, require_numbers
 
 _SMALLEST_VOCABULARY = 261  # every byte, and the five special tokens
 
@@ -93,17 +86,3 @@ class ScratchRecipe:
         require(
             by_patch, "model.projector: training needs one token for each patch, so no resampler and pixel_shuffle 1"
         )
-
-
-def load_recipe(path: Path) -> ScratchRecipe:
-    """Raises ConfigError with the file and the key that is wrong."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    try:
-        return from_mapping(ScratchRecipe, data)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None

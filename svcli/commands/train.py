@@ -29,10 +29,10 @@ def train(
 
     Started again after a stop, it goes on where it was.
     """
+    from skipvision.training.recipes import read_scratch_recipe
     from skipvision.training.scratch import train as run
-    from skipvision.training.scratch_recipe import load_recipe
 
-    settings = load_recipe(recipe)
+    settings = read_scratch_recipe(recipe)
     try:
         with ui.Progress() as progress:
             progress.update("preparing", 0, 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from skipvision.training.scratch_recipe import load_recipe
+from skipvision.training.recipes import read_scratch_recipe
 from svcli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_figure_of_the_tokens_is_the_one_that_the_recipe_gives() -> None:
     drawing = runpy.run_path(str(ROOT / "docs" / "tokens.py"))
-    assert drawing["draw"](load_recipe(drawing["RECIPE"]).model) == (ROOT / "docs" / "tokens.svg").read_text()
+    assert drawing["draw"](read_scratch_recipe(drawing["RECIPE"]).model) == (ROOT / "docs" / "tokens.svg").read_text()
 
 
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"^svcli .*", README, re.MULTILINE))))

@@ -113,7 +113,7 @@ def altered(path: str, value: Any) -> str:
             (
                 "config: unknown key 'vison'; known: pixel_shuffle, projector, "
                 "projector_convs, projector_norm, projector_position, projector_size, projector_trained, resampler, "
-                "skip, skip_trained, text, tiles, vision$"
+                "skip, skip_trained, text, tiles, vision; did you mean vision\\?$"
             ),
         ),
         ("vision.patchsize", 4, "vision: unknown key 'patchsize'; known: .*patch_size"),
