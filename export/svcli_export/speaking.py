@@ -11,12 +11,12 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image
 
-from skipvision.config import ModelConfig
+from skipvision.config import ModelConfig, Transparency
 from skipvision.tiles import Cut
 from skipvision.training.conversation import BrokenSampleError, Turn
 from skipvision.training.speaker import IGNORE, Spoken
 from svcli_export.chat import ChatTokenizer, Message
-from svcli_export.manifest import ChatFormat, ImageProcessing, Transparency
+from svcli_export.manifest import ChatFormat, ImageProcessing
 from svcli_export.pixels import to_views
 from svcli_export.processing_file import checkpoint_files
 from svcli_export.template import ChatError
@@ -103,7 +103,7 @@ def _check(turns: Sequence[Turn], num_pictures: int) -> None:
         if turn.role == "system":
             raise BrokenSampleError("a system turn that is not the first")
     if not any(turn.role == "assistant" for turn in said):
-        raise BrokenSampleError("no turn of the assistant, so there is nothing to learn")
+        raise BrokenSampleError("no turn of the assistant, so there is nothing to learn", "no answer")
     if said[0].role == "assistant":
         raise BrokenSampleError("it begins with the assistant, whom nobody has asked")
     for before, turn in pairwise(said):
@@ -111,7 +111,7 @@ def _check(turns: Sequence[Turn], num_pictures: int) -> None:
             raise BrokenSampleError(f"two turns of the {turn.role} one after the other")
     for turn in turns:
         if turn.role == "assistant" and not turn.content.strip():
-            raise BrokenSampleError("an empty answer")
+            raise BrokenSampleError("an empty answer", "no answer")
         try:
             turn.content.encode()
         except UnicodeEncodeError:
@@ -119,4 +119,4 @@ def _check(turns: Sequence[Turn], num_pictures: int) -> None:
         if turn.role != "user" and turn.images:
             raise BrokenSampleError(f"a picture in a turn of the {turn.role}")
     if (shown := sum(turn.images for turn in turns)) != num_pictures:
-        raise BrokenSampleError(f"{shown} places for {num_pictures} pictures")
+        raise BrokenSampleError(f"{shown} places for {num_pictures} pictures", "marks differ")
