@@ -31,8 +31,8 @@ app = typer.Typer(
 for command in (chat, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
-for command in (check, fetch):
-    data.command()(reported(command))
+data.command()(reported(check))
+data.command()(reported(fetch))
 app.add_typer(data, name="data")
 
 

@@ -93,11 +93,16 @@ class DataFacts:
     """Why a run would stop before its first step, in one sentence."""
 
 
-def check_data(recipe: TuneRecipe, speaker: Speaker, config: ModelConfig, report: Scanned) -> DataFacts:
-    """Reads all samples, pictures to their ends. Raises DataSetError for a source that cannot be opened."""
+def check_data(
+    recipe: TuneRecipe, speaker: Speaker, config: ModelConfig, report: Scanned, workers: int = 0
+) -> DataFacts:
+    """Reads all samples, pictures to their ends, with `workers` processes or in this one.
+
+    Raises DataSetError for a source that cannot be opened.
+    """
     data = recipe.data
     sources = open_sources([*data.sources, *data.validation])
-    index = scan(sources, speaker, config, data.max_length, decode=True, report=report)
+    index = scan(sources, speaker, config, data.max_length, decode=True, report=report, workers=workers)
     problem, steps = None, 0
     try:
         key = index_key(sources, speaker, config, data.max_length)

@@ -55,6 +55,9 @@ def check(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, such as data.pack=true.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Processes that read; data.num_workers if left out.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Read all conversations and pictures of a recipe, and name what is broken.
@@ -67,9 +70,11 @@ def check(
 
     speaker, config = read_speaker(model_folder(recipe.base), recipe)
     with ui.Progress() as progress:
-        found = check_data(
-            recipe, speaker, config, lambda done, total: progress.update("reading samples", done, total, f"{done:,}")
-        )
+
+        def report(done: int, total: int) -> None:
+            progress.update("reading samples", done, total, f"{done:,} of {total:,}")
+
+        found = check_data(recipe, speaker, config, report, recipe.data.num_workers if workers is None else workers)
     if as_json:
         ui.show(json.dumps(asdict(found), indent=2))
     else:
@@ -105,13 +110,12 @@ def _render(found: DataFacts, recipe: TuneRecipe) -> None:
     rows = [_row(each) for each in found.sources]
     if len(rows) > 1:
         rows.append(_row(found.whole))
-    columns = ("", "samples", "broken", "with pictures", "pictures", "text alone")
-    ui.table("samples", columns, [row[:6] for row in rows])
-    columns = ("", "rows: mean", "p50", "p95", "most", "answer tokens: mean", "p50", "p95", "most")
-    ui.table("of one sample", columns, [(row[0], *row[6:14]) for row in rows])
+    counted = ("", "samples", "broken", "with pictures", "pictures", "text alone")
+    ui.table("samples", counted, [row[:6] for row in rows])
+    spread = ("", "rows: mean", "p50", "p95", "most", "answer tokens: mean", "p50", "p95", "most")
+    ui.table("of one sample", spread, [(row[0], *row[6:14]) for row in rows])
     if found.whole.pictures:
-        columns = ("", "kept", "skipped", "plain model's")
-        ui.table("visual rows", columns, [(row[0], *row[14:]) for row in rows])
+        ui.table("visual rows", ("", "kept", "skipped", "plain model's"), [(row[0], *row[14:]) for row in rows])
     for kind, count in found.whole.broken.items():
         ui.show(f"{kind}: {count:,}")
         for each in [each for each in found.broken if each.kind == kind][:_FIRST]:

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,8 +61,7 @@ def train(
     from skipvision.training.tune_recipe import TuneRecipe
 
     if list_presets:
-        for name, preset in PRESETS.items():
-            ui.show(f"{name}  {preset}")
+        ui.pairs("Presets", list(PRESETS.items()))
         return
     if recipe is None:
         raise UsageError("name a recipe, or see the presets: svcli train --list")
@@ -77,12 +75,12 @@ def train(
         raise UsageError(f"{output} is a file; name a folder for the run")
     output.mkdir(parents=True, exist_ok=True)
     if isinstance(settings, TuneRecipe):
-        _tune(settings, as_toml(settings), output, fresh=fresh)
+        _tune(settings, output, fresh=fresh)
     else:
         _train_scratch(settings, output, cache, fresh=fresh)
 
 
-def _tune(recipe: TuneRecipe, text: str, output: Path, *, fresh: bool) -> None:
+def _tune(recipe: TuneRecipe, output: Path, *, fresh: bool) -> None:
     from svcli.training import loggers
 
     loggers.check(recipe.log)
@@ -102,7 +100,7 @@ def _tune(recipe: TuneRecipe, text: str, output: Path, *, fresh: bool) -> None:
             from svcli.training.lines import JsonLines
 
             reports.append(JsonLines())
-        reports += loggers.open_loggers(recipe.log, output, asdict(recipe), text, fresh=fresh, stack=stack)
+        reports += loggers.open_loggers(recipe, output, fresh=fresh, stack=stack)
         checkpoint = _run(recipe, folder, output, lambda event: _tell(reports, event), fresh=fresh)
     history = read_history(output / "log.jsonl")
     if history.steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from skipvision.training.events import (
     StepEvent,
     ValidationEvent,
 )
+from skipvision.training.run_log import RunLog
 
 _KINDS: dict[type, str] = {
     StageEvent: "stage",
@@ -153,21 +153,17 @@ class History:
 
 
 def read_history(log: Path) -> History:
-    """Of a run's log.jsonl; empty where there is none. Lines that a kill has cut do not count."""
+    """Of a run's log.jsonl; empty where there is none."""
     history = History([], [], [], [])
-    if not log.exists():
-        return history
-    with log.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                found = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if found.get("event") == "validation":
-                scores = {name: math.nan if score is None else score for name, score in found["scores"].items()}
-                history.validations.append((found["step"], scores))
-            elif found.get("event") == "step":
-                history.steps.append(found["step"])
-                for values, name in ((history.losses, "loss"), (history.learning_rates, "learning_rate")):
-                    values.append(math.nan if found[name] is None else found[name])
+    for found in RunLog(log).rows():
+        if found.get("event") == "validation":
+            history.validations.append((found["step"], {name: _number(each) for name, each in found["scores"].items()}))
+        elif found.get("event") == "step":
+            history.steps.append(found["step"])
+            history.losses.append(_number(found["loss"]))
+            history.learning_rates.append(_number(found["learning_rate"]))
     return history
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -6,11 +6,13 @@ import os
 import secrets
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipvision.training.events import Event, Report, StepEvent, ValidationEvent
-from skipvision.training.tune_recipe import LogRecipe
+from skipvision.training.recipes import as_toml
+from skipvision.training.tune_recipe import LogRecipe, TuneRecipe
 from svcli.training.facts import time_split, tokens_of
 
 if TYPE_CHECKING:
@@ -29,18 +31,13 @@ def check(recipe: LogRecipe) -> None:
         import wandb  # noqa: F401
 
 
-def open_loggers(
-    recipe: LogRecipe, folder: Path, settings: Mapping[str, Any], text: str, *, fresh: bool, stack: ExitStack
-) -> list[Report]:
-    """What the recipe asks for, to be closed by `stack`.
-
-    `settings` and `text` are the whole recipe. Raises LoggerError.
-    """
+def open_loggers(recipe: TuneRecipe, folder: Path, *, fresh: bool, stack: ExitStack) -> list[Report]:
+    """What the recipe of the run in `folder` asks for, to be closed by `stack`. Raises LoggerError."""
     loggers: list[Report] = []
-    if recipe.tensorboard:
-        loggers.append(stack.enter_context(TensorBoard(folder / "tensorboard", text)))
-    if recipe.wandb:
-        loggers.append(stack.enter_context(WeightsAndBiases(recipe.wandb, folder, settings, fresh=fresh)))
+    if recipe.log.tensorboard:
+        loggers.append(stack.enter_context(TensorBoard(folder / "tensorboard", as_toml(recipe))))
+    if recipe.log.wandb:
+        loggers.append(stack.enter_context(WeightsAndBiases(recipe.log.wandb, folder, asdict(recipe), fresh=fresh)))
     return loggers
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.control import Control
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -24,6 +25,8 @@ from svcli.training.facts import History, RunFacts, time_split
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDEST = 100
+_ROOM_FOR_ECHO = 3
+"""Columns: `^C` behind a full line would begin another one, and rich would go up by one too few."""
 _REFRESHES = 4
 """A second."""
 _BROKEN_SHOWN = 20
@@ -108,7 +111,7 @@ class Watch:
             self._console.control(Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * folds))
 
     def _panel(self) -> RenderableType:
-        facts, width = self.facts, min(self._console.width, _WIDEST)
+        facts, width = self.facts, max(10, min(self._console.width - _ROOM_FOR_ECHO, _WIDEST))
         shown: list[RenderableType] = []
         stage, step = facts.stage, facts.step
         if step is None and stage is None:
@@ -122,7 +125,7 @@ class Watch:
             )
         if step is not None:
             shown.append(self._facts(step, width))
-        return Group(*shown)
+        return Constrain(Group(*shown), width)
 
     def _facts(self, step: StepEvent, width: int) -> Table:
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -180,6 +183,8 @@ def show_summary(facts: RunFacts, history: History) -> None:
     if best := history.best_loss():
         rows.append(("validation", f"best {best[1]:.4f} at step {best[0]:,}"))
     rows.append(("checkpoint", str(done.checkpoint)))
+    if done.chosen:
+        rows.append(("", done.chosen.removeprefix("the checkpoint is ")))
     rows.append(("next", f"svcli export {done.checkpoint} -o {done.checkpoint.parent.name or 'my'}-bundle"))
     ui.pairs("Trained", rows, console=ui.stderr())
 

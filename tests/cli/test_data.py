@@ -118,7 +118,7 @@ def test_programs_are_told_all_of_it(recipe: Path, conversations: Path) -> None:
 
 def test_data_sets_are_checked_for_a_model_without_a_recipe(checkpoint: Path, conversations: Path) -> None:
     folder = conversations.parent / "pictures"
-    done = check(conversations, conversations, "--base", checkpoint, "--images", folder, "--max-length", 20, code=1)
+    done = check(conversations, conversations, "--base", checkpoint, "--images", folder, "--max-length", "20", code=1)
     shown = lines(done)
     assert "all 20 18 0 0 2" in shown
     named = shown[shown.index("too long: 14") + 1 :]
@@ -126,6 +126,10 @@ def test_data_sets_are_checked_for_a_model_without_a_recipe(checkpoint: Path, co
     assert named[3] == "missing picture: 2"
     assert "--json names all." in shown
     assert done.stderr.splitlines()[-1] == "Error: 18 of 20 samples are broken, and data.max_broken allows 0"
+
+
+def test_several_processes_say_the_same(recipe: Path) -> None:
+    assert told(check(recipe, "--json", "--workers", "2")) == told(check(recipe, "--json"))
 
 
 def test_nothing_to_train_on_is_an_error_however_much_may_be_broken(recipe: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from skipvision.training.recipes import read_recipe
 from skipvision.training.scratch import TrainEvent
 from skipvision.training.scratch_recipe import ScratchRecipe
+from skipvision.training.tune_recipe import TuneRecipe
 from svcli.app import app
 
 Report = Callable[[TrainEvent], None]
@@ -66,3 +68,46 @@ def test_a_broken_recipe_is_one_sentence(tmp_path: Path, text: str, words: str) 
 def test_a_missing_recipe_is_one_sentence(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["train", "nowhere.toml", "-o", str(tmp_path / "run")])
     assert (done.exit_code, done.stderr) == (2, "Error: nowhere.toml: no such recipe\n")
+
+
+def test_a_recipe_is_shown_with_what_was_set_and_reads_back(tmp_path: Path) -> None:
+    arguments = ["--set", "optim.steps=7", "--set", "base=somewhere", "--print-config"]
+    sources = ["--set", 'data.sources=[{path="train.json"}]']
+    done = CliRunner().invoke(app, ["train", "sv-llava-100", *sources, *arguments])
+    assert (done.exit_code, done.stderr) == (0, "")
+    path = tmp_path / "again.toml"
+    path.write_text(done.stdout)
+    recipe = read_recipe(str(path), ())
+    assert isinstance(recipe, TuneRecipe)
+    assert (recipe.optim.steps, recipe.base, recipe.preset) == (7, "somewhere", "sv-llava-100")
+    assert CliRunner().invoke(app, ["train", str(path), "--print-config"]).stdout == done.stdout
+
+
+def test_presets_are_named() -> None:
+    done = CliRunner().invoke(app, ["train", "--list"])
+    assert done.exit_code == 0
+    assert "sv-llava-100" in done.stdout
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(RECIPE), "--set", "optim.stepz=7", "-o", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "stepz" in done.stderr
+
+
+def test_without_a_folder_or_a_recipe_the_sentence_says_what_is_missing(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(RECIPE)])
+    assert (done.exit_code, done.stderr) == (2, "Error: name the folder of the run: svcli train RECIPE -o FOLDER\n")
+    done = CliRunner().invoke(app, ["train"])
+    assert (done.exit_code, done.stderr) == (2, "Error: name a recipe, or see the presets: svcli train --list\n")
+    file = tmp_path / "file"
+    file.touch()
+    done = CliRunner().invoke(app, ["train", str(RECIPE), "-o", str(file)])
+    assert (done.exit_code, done.stderr) == (2, f"Error: {file} is a file; name a folder for the run\n")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence() -> None:
+    done = CliRunner().invoke(app, ["train", str(RECIPE), "-o", "/proc/run"])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: /proc/run: ")
+    assert len(done.stderr.splitlines()) == 1

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from skipvision.training.events import Event, StepEvent
+from skipvision.training.events import Event, StageEvent, StepEvent
 from svcli.app import app
 from svcli.training.facts import RunFacts, read_history, row
-from svcli.training.panel import clock, sparkline
+from svcli.training.panel import Watch, clock, sparkline
 from tests.cli.fake_training import RECIPE, FakeTraining, install, step_event
 from tests.cli.test_terminal import ESCAPE, finish, spawn
+from tests.cli.test_ui import Terminal
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["step", "validation", "saved", "broken", "done"]
@@ -90,6 +91,25 @@ def test_a_terminal_shows_a_panel_that_fits_and_then_a_summary(recipe: Path, tmp
     assert "".join(plain.split()).endswith(f"{run / 'checkpoint'}".replace(" ", ""))
     drawn = [line for part in re.split(r"\x1b\[2K", screen) for line in ESCAPE.sub("", part).splitlines()]
     assert max(len(line.strip("\r")) for line in drawn if "━" in line) <= width
+
+
+@pytest.mark.parametrize("width", [24, 40, 120])
+def test_no_line_of_the_panel_is_so_long_that_an_echo_would_fold_it(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("LINES", "60")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    facts = RunFacts()
+    with Watch(facts) as watch:
+        for event in (StageEvent("looking at samples", 1, 2), step_event(7), StageEvent("validating", 1, 3)):
+            facts(event)
+            watch(event)
+    last = sys.stderr.getvalue().split("\x1b[2K")[-20:]
+    lines = [line for part in last for line in ESCAPE.sub("", part).replace("\r", "").split("\n")]
+    assert any("1,024" in line for line in lines)
+    assert max(map(len, lines)) <= width - len("^C")
 
 
 def test_a_terminal_gets_no_control_characters_of_a_sample_s_name(recipe: Path, tmp_path: Path) -> None:
