@@ -128,9 +128,10 @@ class TuneModule(nn.Module):
         """
         assert isinstance(batch, Batch)
         model, device = self.model, self.model.decoder.embed.weight.device
-        visual = batch.pixels.new_zeros(1, 0, model.config.text.hidden_size, device=device)
         if batch.cuts:
             visual = model.encode_pictures(batch.pixels.to(device), batch.cuts)
+        else:
+            visual = self._nothing().expand(1, 1, model.config.text.hidden_size)
         hidden = model.embed(batch.input_ids.to(device), visual, batch.source.to(device))
         mask = attention_mask(batch.order.to(device), batch.visible_until.to(device))
         hidden = model.decoder(hidden, batch.positions.to(device), mask, batch.num_kept)
@@ -139,6 +140,14 @@ class TuneModule(nn.Module):
         logits = model.decoder.logits(hidden[answers]).float()
         total = F.cross_entropy(logits, labels[answers], reduction="sum")
         return Objective(total, float(batch.counts.answer_tokens), total.detach())
+
+    def _nothing(self) -> Tensor:
+        """Zero, on which all that projects pictures has no influence, but takes part: processes that share layers must
+        compute the same gradients, and where the projector alone learns, text alone would ask for none."""
+        model = self.model
+        parts = (*model.projector.parameters(), *(model.summary.parameters() if model.summary is not None else ()))
+        taken = [*parts, *([model.newline] if model.newline is not None else [])]
+        return torch.stack([each.sum() for each in taken]).sum() * 0
 
 
 class TuneTask:

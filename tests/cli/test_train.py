@@ -51,7 +51,9 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "same command" in done.stderr
 
 
-@pytest.mark.parametrize(("text", "words"), [("", "model"), ("colour = 1", "colour"), ("[[[", "recipe.toml")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "model"), ("base = 'x'\ncolour = 1", "colour"), ("[[[", "recipe.toml")]
+)
 def test_a_broken_recipe_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(text)

@@ -93,7 +93,7 @@ def test_a_merged_model_answers_as_the_adapted_one_and_as_peft_merges() -> None:
 
     for name, layer in model.decoder.named_modules():
         if isinstance(layer, LoraLayer):
-            layer.merge()  # type: ignore[operator]
+            layer.merge()
             theirs = layer.get_base_layer().weight
             torch.testing.assert_close(merged[f"decoder.{name}.weight"], theirs, rtol=1e-6, atol=1e-6)
 
@@ -142,7 +142,7 @@ def test_peft_itself_reads_the_adapters_that_are_written(tmp_path: Path) -> None
         assert set(file.keys()) == set(adapter_state(model.state_dict()))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 7, "LORA")
-    theirs = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path / "adapter").eval()  # type: ignore[arg-type]
+    theirs = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path / "adapter").eval()
     assert torch.equal(logits(theirs.get_base_model(), plain), logits(model, plain))  # type: ignore[arg-type]
 
 

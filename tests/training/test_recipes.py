@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ else:
 
 ROOT = Path(__file__).parents[2]
 TUNE = "base = 'b'\n[data]\nsources = [{ path = 'a.json' }, { path = 'b.json', weight = 3 }]\n"
+B = SourceRecipe("b.json", weight=3.0)
 GIVEN = ("base=models/x", 'data.sources=[{path="a.json"}]')
 
 
@@ -50,13 +51,13 @@ def tune(name: str | Path, *overrides: str) -> TuneRecipe:
 
 
 def test_base_or_model_tells_what_a_recipe_is(file: Path) -> None:
-    assert tune(file).data.sources[1] == SourceRecipe("b.json", weight=3.0)
+    assert tune(file).data.sources[1] == B
     assert isinstance(read_recipe(str(ROOT / "recipes" / "skipvision-tiny.toml")), ScratchRecipe)
     file.write_text("seed = 1\n")
     with pytest.raises(ConfigError, match=r"recipe\.toml: a recipe has either base, .*; this one has neither$"):
         read_recipe(str(file))
     file.write_text("base = 'x'\n[model.vision]\n[model.text]\n")
-    with pytest.raises(ConfigError, match="; this one has both$"):
+    with pytest.raises(ConfigError, match=r"; this one has both$"):
         read_recipe(str(file))
 
 
@@ -80,7 +81,7 @@ def test_base_or_model_tells_what_a_recipe_is(file: Path) -> None:
         (
             "data.sources.0.weight=2",
             "data.sources",
-            (SourceRecipe("a.json", weight=2), SourceRecipe("b.json", weight=3)),
+            (SourceRecipe("a.json", weight=2), B),
         ),
         ("data.sources.1=", "data.sources", (SourceRecipe("a.json"),)),
         ("log.wandb=", "log.wandb", ""),
@@ -148,14 +149,12 @@ def test_an_override_that_cannot_work_is_refused_with_its_key(file: Path, overri
 def test_presets_are_complete_but_for_what_is_the_users() -> None:
     for name, about in PRESETS.items():
         recipe = tune(name, *GIVEN)
-        assert recipe == replace(recipe, base="models/x", data=replace(recipe.data, sources=(SourceRecipe("a.json"),)))
+        assert (recipe.base, recipe.data.sources) == ("models/x", (SourceRecipe("a.json"),))
         assert recipe.preset == (name if name.startswith("sv-") else "off")
         assert recipe.preset in ("off", *SKIP_PRESETS)
         assert about.endswith(".")
     for missing in ((), GIVEN[:1], GIVEN[1:], (*GIVEN, "data=3"), (*GIVEN, "base=")):
-        with pytest.raises(
-            ConfigError, match=r"llava-sft: a preset leaves the model and the conversations to you: --set"
-        ):
+        with pytest.raises(ConfigError, match="^llava-sft: a preset leaves the model and the conv"):
             read_recipe("llava-sft", missing)
 
 
@@ -176,7 +175,7 @@ def test_presets_say_what_the_papers_say() -> None:
 def test_a_name_that_is_nothing_lists_the_presets_and_a_file_comes_before_a_preset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="sv-lava: no such recipe, and no preset; presets: .*sv-llava-100"):
+    with pytest.raises(ConfigError, match=r"sv-lava: no such recipe, and no preset; presets: .*sv-llava-100"):
         read_recipe("sv-lava")
     monkeypatch.chdir(tmp_path)
     Path("llava-sft").write_text(TUNE)

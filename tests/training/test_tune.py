@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +22,16 @@ from torch import Tensor
 
 from skipvision.checkpoint import load_checkpoint
 from skipvision.config import ModelConfig, SkipConfig
-from skipvision.layout import BatchLayout
+from skipvision.layout import BatchLayout, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.training.base import Base
 from skipvision.training.collate import Batch
+from skipvision.training.conversation import Conversation
 from skipvision.training.distributed import Processes
 from skipvision.training.errors import TrainError
 from skipvision.training.events import BrokenEvent, DoneEvent, Event, StepEvent, ValidationEvent
 from skipvision.training.plan import PlanError
+from skipvision.training.reader import Reader, ReadError
 from skipvision.training.samples import read_sample
 from skipvision.training.sources import open_sources
 from skipvision.training.speaker import IGNORE
@@ -33,6 +40,7 @@ from skipvision.training.tune import TuneTask, look_at, tune
 from skipvision.training.tune_recipe import SaveRecipe, SourceRecipe, TuneData, TuneOptim, TuneRecipe
 from tests.training.fake_speaker import END, PLAIN, SKIPPING, TILED, WordSpeaker
 from tests.training.sets import asked, write_lines
+from tests.training.shown import loss_alone
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
 
@@ -47,13 +55,14 @@ def base_of(config: ModelConfig = SKIPPING, *, tiled: bool = False) -> Base:
 
 
 def write_set(folder: Path, count: int = 4) -> Path:
-    """Conversations about pictures of one colour but for a corner, and some without a picture."""
+    """Conversations about pictures of one colour but for two corners, and some without a picture."""
     folder.mkdir(exist_ok=True)
     records: list[dict[str, Any]] = []
     for number in range(count):
         name, colour = list(COLOURS.items())[number % 4]
         picture = Image.new("RGB", (30 + number, 28), colour)
         picture.paste((9 * number, 0, 0), (0, 0, 9, 9))
+        picture.paste((0, 0, 9 * number), (20, 0, 29, 9))
         picture.save(folder / f"{number}.png")
         records.append(asked("<image>\nWhich colour is it", f"it is {name}", image=f"{number}.png", id=f"c{number}"))
         if number % 3 == 2:
@@ -99,8 +108,6 @@ def test_four_conversations_are_learned_by_heart_and_answered(tmp_path: Path, co
 
 
 def answer_to(model: SkipVisionModel, ids: list[int], views: list[Any], room: int) -> list[int]:
-    from skipvision.layout import TokenLayout
-
     layout = TokenLayout.of(ids, WordSpeaker().image_id, model.config)
     pictures = torch.from_numpy(np.concatenate([np.zeros((0, 3, 28, 28), np.float32), *views]))
     width = model.config.text.hidden_size
@@ -153,6 +160,7 @@ def assert_equal(one: MicroBatch, other: MicroBatch) -> None:
         assert torch.equal(value, theirs) if isinstance(value, Tensor) else value == theirs, name
 
 
+@pytest.mark.slow
 def test_processes_that_read_give_what_reading_in_line_gives(tmp_path: Path) -> None:
     path = write_set(tmp_path / "set", 9)
     (tmp_path / "set" / "4.png").write_bytes(b"no picture")
@@ -167,6 +175,72 @@ def test_processes_that_read_give_what_reading_in_line_gives(tmp_path: Path) -> 
     assert list(map(len, ours)) == list(map(len, theirs))
     for one, other in zip((m for step in ours for m in step), (m for step in theirs for m in step), strict=True):
         assert_equal(one, other)
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """A source that ends whoever reads it."""
+
+    name: str = "deadly"
+    fingerprint: str = "deadly"
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Conversation:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    def name_of(self, index: int) -> str:
+        return f"deadly {index}"
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_while_reading_is_one_sentence() -> None:
+    reader = Reader([Deadly()], np.zeros((1, 2), np.int64), WordSpeaker(), SKIPPING, 64)
+    with pytest.raises(ReadError, match=r"out of memory, perhaps\): lower data.num_workers"):
+        list(reader.batches([((0,),)], 1))
+    assert multiprocessing.active_children() == []
+
+
+LOSSES = """
+import sys, json
+from pathlib import Path
+from tests.training.test_tune import base_of, recipe_for, silent
+from skipvision.training.tune import tune
+from skipvision.training.tune_recipe import SaveRecipe
+if __name__ == "__main__":
+    data = {"validation_samples": 3}
+    recipe = recipe_for(Path(sys.argv[1]), data=data, optim={"epochs": 2.0}, save=SaveRecipe(every=3), what=sys.argv[3])
+    tune(recipe, base_of(), Path(sys.argv[2]), silent)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["projector", "full"])
+def test_two_processes_have_the_losses_of_one(tmp_path: Path, what: str) -> None:
+    """Some micro-batches are text alone, and some steps have fewer micro-batches than processes."""
+    path = write_set(tmp_path / "set", 10)
+    script = tmp_path / "script.py"
+    script.write_text(LOSSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    logs = []
+    for world in (1, 2):
+        output = tmp_path / f"run-{world}"
+        arguments = [*command, str(world), str(script), str(path), str(output), what]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        logs.append([json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()])
+    steps = [[row for row in log if row.get("event") == "step"] for log in logs]
+    scores = [[row["scores"]["loss"] for row in log if row.get("event") == "validation"] for log in logs]
+    assert len(steps[0]) == 6
+    for name in ("samples", "rows", "answer_tokens", "visual_kept"):
+        assert [row[name] for row in steps[0]] == [row[name] for row in steps[1]]
+    # fp32: gradients are summed in another order.
+    assert [row["loss"] for row in steps[1]] == pytest.approx([row["loss"] for row in steps[0]], rel=1e-4)
+    assert len(scores[0]) == 2
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 
 def test_pictures_that_break_after_the_look_are_left_out_and_named(tmp_path: Path) -> None:
@@ -232,8 +306,6 @@ def test_validation_is_the_mean_loss_of_all_answers(tmp_path: Path) -> None:
         source = open_sources(recipe.data.validation)[0]
         for index in range(len(source)):
             sample = read_sample(source, index, base.speaker, base.model.config, 64)
-            from tests.training.shown import loss_alone
-
             answers = sum(label != IGNORE for label in sample.spoken.labels)
             totals.append((loss_alone(base.model, sample).item(), answers))
     expected = sum(loss for loss, _ in totals) / sum(weight for _, weight in totals)
