@@ -40,7 +40,7 @@ def check(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE | SOURCE...", help="TOML file that says what to train, and on what; with --base, data sets."
+            metavar="RECIPE|SOURCE", help="TOML file that says what to train, and on what; with --base, data sets."
         ),
     ],
     base: Annotated[
