@@ -221,7 +221,9 @@ if __name__ == "__main__":
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, what: str) -> None:
     """Some micro-batches are text alone, and some steps have fewer micro-batches than processes."""
     path = write_set(tmp_path / "set", 10)
-    recipe = recipe_for(path, data={"validation_samples": 3}, optim={"epochs": 2.0}, save=SaveRecipe(every=3), what=what)
+    recipe = recipe_for(
+        path, data={"validation_samples": 3}, optim={"epochs": 2.0}, save=SaveRecipe(every=3), what=what
+    )
     tune(recipe, base_of(), tmp_path / "run-1", silent)
     script = tmp_path / "script.py"
     script.write_text(LOSSES)
