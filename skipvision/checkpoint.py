@@ -67,7 +67,10 @@ def save_weights(
 
 
 def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> SkipVisionModel:
-    """The model in `dtype`, in eval mode, on the CPU. Raises CheckpointError with what is wrong."""
+    """The model in `dtype`, in eval mode, on the CPU; its weights are mapped from the file where they have that dtype.
+
+    Raises CheckpointError with what is wrong.
+    """
     config, weights_file = read_config(directory), directory / _WEIGHTS
     try:
         tensors = load_file(weights_file)
@@ -75,11 +78,14 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> Skip
         raise CheckpointError(f"{weights_file}: unreadable ({error})") from None
     if config.text.tie_embeddings and "decoder.embed.weight" in tensors:
         tensors[_TIED] = tensors["decoder.embed.weight"]
-    model = SkipVisionModel(config)
+    with torch.device("meta"):
+        model = SkipVisionModel(config)
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{directory}: the weights do not fit config.json: {first_misfit(error)}") from None
+    if config.text.tie_embeddings:
+        model.decoder.head.weight = model.decoder.embed.weight
     return model.to(dtype).eval()
 
 

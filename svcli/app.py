@@ -10,7 +10,7 @@ from svcli import __version__, ui
 from svcli.commands.build_engine import build_engine
 from svcli.commands.chat import chat
 from svcli.commands.cost import cost
-from svcli.commands.data import fetch
+from svcli.commands.data import check, fetch
 from svcli.commands.doctor import doctor
 from svcli.commands.export import export
 from svcli.commands.inspect import inspect
@@ -30,7 +30,8 @@ app = typer.Typer(
 )
 for command in (chat, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
-data = typer.Typer(help="The art, fonts and words that training pictures are made of.")
+data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
+data.command()(reported(check))
 data.command()(reported(fetch))
 app.add_typer(data, name="data")
 

@@ -38,6 +38,7 @@ _USERS_INPUT = frozenset(
         "ChatError",
         "ConfigError",
         "ContractError",
+        "DataSetError",
         "ImageError",
         "NoBundleError",
         "NoCheckpointError",

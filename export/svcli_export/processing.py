@@ -97,6 +97,8 @@ def check_chat(folder: Path, tokenizer: str, chat: ChatFormat) -> None:
         raise ProcessingError(f"{folder}: its chat template is broken ({error})") from None
     except ValueError as error:
         raise ProcessingError(f"{folder}: its tokenizer is not supported: {error}") from None
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ProcessingError(f"{folder}: its tokenizer is broken ({error!r})") from None
 
 
 def _image_token(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +29,8 @@ Scanned = Callable[[int, int], None]
 
 _VERSION = 1
 """Of what is counted, and of the file."""
-_BETWEEN_REPORTS = 16
-"""Samples."""
+_SPAN = 16
+"""Samples that are looked at between reports."""
 _COUNTS = tuple(each.name for each in fields(Measure))
 
 
@@ -108,25 +111,83 @@ def scan(
     *,
     decode: bool,
     report: Scanned = lambda _done, _total: None,
+    workers: int = 0,
 ) -> Index:
-    """Looks at each sample of each source; `decode` reads pictures to their ends, and not their headers alone."""
-    sizes = tuple(map(len, sources))
-    total, number = sum(sizes), 0
+    """Looks at each sample of each source; `decode` reads pictures to their ends, and not their headers alone.
+
+    `workers` processes do so side by side; 0: this one.
+    """
+    look = _Look(sources, speaker, config, max_length, decode)
+    total = sum(look.sizes)
+    spans = [range(start, min(start + _SPAN, total)) for start in range(0, total, _SPAN)]
+    if not workers:
+        return _gathered(look.sizes, spans, map(look, spans), report)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(look,))
+    try:
+        return _gathered(look.sizes, spans, pool.map(_looked, spans), report)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _gathered(
+    sizes: tuple[int, ...], spans: Sequence[range], found: Iterable[Sequence[Measure | Broken]], report: Scanned
+) -> Index:
+    total = sum(sizes)
     counts = {name: np.zeros(total, np.int64) for name in _COUNTS}
     broken: dict[int, Broken] = {}
-    for source in sources:
-        for place in range(len(source)):
-            try:
-                measure = measure_sample(source, place, speaker, config, max_length, decode=decode)
-            except BrokenSampleError as error:
-                broken[number] = Broken(source.name_of(place), str(error), error.kind)
-            else:
-                for name, values in counts.items():
-                    values[number] = getattr(measure, name)
-            number += 1
-            if number % _BETWEEN_REPORTS == 0 or number == total:
-                report(number, total)
+    for span, outcomes in zip(spans, found, strict=True):
+        for number, outcome in zip(span, outcomes, strict=True):
+            if isinstance(outcome, Broken):
+                broken[number] = outcome
+                continue
+            for name, values in counts.items():
+                values[number] = getattr(outcome, name)
+        report(span.stop, total)
     return Index(sizes, **counts, broken=broken)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Measures samples by their numbers."""
+
+    sources: Sequence[Source]
+    speaker: Speaker
+    config: ModelConfig
+    max_length: int
+    decode: bool
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(map(len, self.sources))
+
+    def __call__(self, numbers: range) -> list[Measure | Broken]:
+        starts = np.cumsum([0, *self.sizes])
+        found: list[Measure | Broken] = []
+        for number in numbers:
+            place = int(np.searchsorted(starts, number, side="right")) - 1
+            source, index = self.sources[place], number - int(starts[place])
+            try:
+                found.append(
+                    measure_sample(source, index, self.speaker, self.config, self.max_length, decode=self.decode)
+                )
+            except BrokenSampleError as error:
+                found.append(Broken(source.name_of(index), str(error), error.kind))
+        return found
+
+
+_look: _Look | None = None
+"""Of a process that looks at samples for another one."""
+
+
+def _begin(look: _Look) -> None:
+    global _look
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
+    _look = look
+
+
+def _looked(numbers: range) -> list[Measure | Broken]:
+    assert _look is not None
+    return _look(numbers)
 
 
 def scan_once(

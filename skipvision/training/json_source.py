@@ -121,7 +121,7 @@ def _lines(data: mmap.mmap) -> tuple[Ints, Ints, Ints]:
 
 def _elements(name: str, data: mmap.mmap, begin: int) -> tuple[Ints, Ints, Ints]:
     """Of an array. Bytes are read as characters: outside of strings JSON is ASCII, and strings are thrown away."""
-    text = data[:].decode("latin-1")
+    text = str(data, "latin-1")
     decoder = json.JSONDecoder()
     starts: list[int] = []
     ends: list[int] = []

@@ -11,7 +11,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from skipvision.checkpoint import save_weights
+from skipvision.config import SkipConfig
+from skipvision.training.tune_recipe import SourceRecipe, TuneData, TuneRecipe
 from svcli.app import app
+from svcli_export.tuning import read_base
 from tests.export.published import PUBLISHED, save_published
 from tests.export.test_published_models import their_model
 from tests.optional import missing
@@ -74,6 +78,22 @@ def test_made_to_skip_it_says_once_what_to_expect(smolvlm: Path, picture: Path, 
     assert said["tokens"]["visual_kept"] == views * (6 + 2)
     shown = run("profile", smolvlm, picture, "--skip", "6/5")
     assert "6 retained and 5 skipped" in words(shown.stdout)
+
+
+def test_what_was_trained_from_it_goes_where_it_went(smolvlm: Path, picture: Path, tmp_path: Path) -> None:
+    data = TuneData((SourceRecipe("never read"),))
+    base = read_base(smolvlm, TuneRecipe(str(smolvlm), data, skip=SkipConfig(6, 5, "uniform")))
+    checkpoint = tmp_path / "checkpoint"
+    save_weights(base.model.config.as_trained(), base.model.state_dict(), checkpoint, base.speaker.files())
+    done = run("export", checkpoint, "-o", tmp_path / "bundle")
+    assert UNTRAINED not in done.stderr
+    assert run("cost", checkpoint, "--json").exit_code == 0
+    assert "6 retained and 5 skipped" in words(run("profile", checkpoint, picture).stdout)
+    assert "6 retained (uniform), 5 skipped" in words(run("inspect", tmp_path / "bundle").stdout)
+    verify = ("verify", tmp_path / "bundle", "--images", picture, "--engines", "onnxruntime")
+    assert run(*verify, "--checkpoint", checkpoint).exit_code == 0
+    asked = run("chat", "--model", tmp_path / "bundle", picture, "what is this?", "--max-new-tokens", "3", "--json")
+    assert json.loads(asked.stdout)["tokens"]["visual_kept"] % (6 + 2) == 0
 
 
 def test_transparent_parts_are_what_transformers_sees_there(smolvlm: Path, tmp_path: Path) -> None:

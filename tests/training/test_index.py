@@ -190,6 +190,18 @@ def test_sources_stand_one_behind_the_other(tmp_path: Path) -> None:
     assert seen[-1] == (6, 6)
 
 
+def test_several_processes_find_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded())
+    records = [asked("word " * number, image=["a.png"] * (number % 3)) for number in range(1, 70)]
+    source, other = lines(tmp_path, *records), write_tar(tmp_path / "b.tar", {"x.txt": b"a", "x.png": b"no"})
+    sources = [source, *open_sources([SourceRecipe(str(other))])]
+    first, second = (scan(sources, SPEAKER, SKIPPING, 64, decode=True, workers=workers) for workers in (0, 2))
+    assert first.broken == second.broken
+    assert {each.kind for each in first.broken.values()} == {"too long", "broken picture"}
+    for name in ("rows", "kept", "visual", "visual_kept", "visual_plain", "answers", "pictures"):
+        assert np.array_equal(getattr(first, name), getattr(second, name))
+
+
 def test_an_index_is_written_whole_and_read_again(tmp_path: Path) -> None:
     source = lines(tmp_path, asked("a"), {"id": "\ud800"}, asked("What?", image="\ud800.png"))
     index, path = found(source), tmp_path / "run/index.safetensors"
