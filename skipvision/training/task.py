@@ -69,7 +69,7 @@ class Task(Protocol):
         """Of each step from `first_step` on, this process's micro-batches; as many in all processes."""
 
     def validate(self) -> Mapping[str, float]:
-        """Scores, called in all processes; `loss` is among them, by which the best is known. Empty where there is
+        """Scores, called in all processes; by `loss`, where it is among them, the best is known. Empty where there is
         nothing to validate on."""
 
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:

@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     task = toy_task("toy", num_steps=2)
-    task.module.get_parameter("layers.0.bias").register_hook(lambda gradient: gradient * torch.inf)
+    task.module.get_parameter("layers.0.bias").register_hook(lambda gradient: gradient * torch.inf)  # type: ignore[no-untyped-call]
     before = {name: each.clone() for name, each in task.module.state_dict().items()}
     with pytest.raises(TrainError, match=r"^step 1: the gradient is not finite in a batch of sample 0\.0, .*; the"):
         run_toy(tmp_path, task)
