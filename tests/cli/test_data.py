@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,30 @@ def test_ctrl_c_leaves_quietly(recipe: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("skipvision.training.index.measure_sample", stopped)
     done = check(recipe, code=130)
     assert (done.stdout, "Traceback" in done.stderr) == ("", False)
+
+
+@pytest.mark.parametrize("question", ["How many?", "<image>\nHow many?"])
+def test_a_set_of_one_sample(tmp_path: Path, checkpoint: Path, picture: Path, question: str) -> None:
+    image = {"image": picture.name} if "<image>" in question else {}
+    path = write_lines(tmp_path / "one.jsonl", [asked(question, "Three.", **image)])
+    shown = lines(check(path, "--base", checkpoint, "--images", picture.parent))
+    assert f"{path} 1 0 {len(image)} {len(image)} {1 - len(image)}" in shown
+    assert ("visual rows" in shown) == bool(image)
+    assert shown[-1] == "Steps of an epoch: 1, of 128 sequences each."
+
+
+def test_a_set_whose_pictures_are_all_broken(recipe: Path, conversations: Path) -> None:
+    write_lines(conversations, [asked("<image>", image="cut.png")] * 5)
+    done = check(recipe, "--set", "data.max_broken=5", code=1)
+    assert "broken picture: 5" in lines(done)
+    assert done.stderr.splitlines()[-1].startswith("Error: data.sources have no sample that can be shown")
+
+
+def test_a_library_that_is_not_installed_is_named(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set.parquet").touch()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    done = check(tmp_path / "set.parquet", "--base", checkpoint, code=3)
+    said = 'datasets is needed for this and not installed: pip install "svcli[train]"'
+    assert done.stderr.splitlines()[-1] == f"Error: {said}"

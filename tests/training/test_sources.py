@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from skipvision.training.conversation import BrokenSampleError, Conversation, DataSetError, Source, Turn
 from skipvision.training.dataset_source import DatasetSource
-from skipvision.training.picture_files import PictureFolder
+from skipvision.training.picture_files import PictureFile, PictureFolder
 from skipvision.training.sources import open_sources
 from skipvision.training.tune_recipe import SourceRecipe
 from tests.training.sets import asked, encoded, write_lines, write_tar
@@ -513,3 +513,18 @@ def test_a_data_set_on_the_hub_that_cannot_be_had_is_one_sentence(monkeypatch: p
     with pytest.raises(DataSetError, match=r"^owner/name@v1: cannot be read as a data set \(Couldn't reach"):
         opened("owner/name@v1")
     assert asked_for == [("owner/name", {"split": "train", "revision": "v1"})]
+
+
+@QUICK
+@given(
+    st.lists(st.sampled_from(["..", ".", "a", "/", "//", "\\", "~", "%2e%2e", "s", "\ud800"]), max_size=8).map("".join)
+)
+def test_no_name_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "pictures"
+    try:
+        picture = PictureFolder(str(folder))(name)
+    except BrokenSampleError:
+        return
+    assert isinstance(picture, PictureFile)
+    assert os.path.normpath(picture.path).startswith(f"{folder}/")
+    assert ".." not in picture.path.split("/")
