@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -95,11 +94,8 @@ def joined(device: str = "auto") -> Iterator[Processes]:
                 "another process of this run has ended; start the run again, and it goes on from its last state"
             ) from None
         raise
-    finally:
-        # Where a process has died nccl waits for it here.
-        leave = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        leave.start()
-        leave.join(timeout=10)
+    # Not where one has failed: the others may be waiting, and leaving would wait for them.
+    dist.destroy_process_group()
 
 
 def _is_first_to_fail(store: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from skipvision.model import SkipVisionModel
+from skipvision.training.lora import add_adapters
 from skipvision.training.tune_recipe import TuneOptim, TuneRecipe
 from skipvision.vision import VisionBlock
 
@@ -24,9 +25,7 @@ def set_learning(model: SkipVisionModel, recipe: TuneRecipe) -> None:
     if recipe.what == "full":
         model.decoder.requires_grad_(True)
     elif recipe.what == "lora":
-        from skipvision.training.lora import add_adapters  # needs peft
-
-        add_adapters(model.decoder, recipe.lora)
+        add_adapters(model.decoder, recipe.lora, recipe.seed)
     for name, parameter in model.named_parameters():
         if name.startswith(_PROJECTING):
             parameter.requires_grad_(True)

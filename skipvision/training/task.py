@@ -56,7 +56,8 @@ class Task(Protocol):
     """One kind of training. Everything random in it comes from (seed, step), so that a run can go on anywhere."""
 
     module: nn.Module
-    """Called with a micro-batch; returns its Objective. All that learns is in it, and may be sharded."""
+    """Called with a micro-batch; returns its Objective. All that learns is in it, and may be sharded: so it calls each
+    decoder layer as often as in any other process, even for a micro-batch without samples."""
 
     @property
     def num_steps(self) -> int: ...

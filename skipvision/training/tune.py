@@ -25,6 +25,7 @@ from skipvision.training.events import Report, StageEvent
 from skipvision.training.index import Index, index_key, scan_once
 from skipvision.training.learning import parameter_groups, recompute_layers, set_learning
 from skipvision.training.loop import LoopSettings, run
+from skipvision.training.lora import merged_state, write_adapter
 from skipvision.training.plan import Ints, MicroPlan, Plan, Samples, by_length, in_turn
 from skipvision.training.reader import Reader
 from skipvision.training.sources import open_sources
@@ -206,11 +207,10 @@ class TuneTask:
         return {"loss": float(sums[0] / sums[1])} if sums[1] else {}
 
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """A plain model: adapters are merged into its weights."""
+        """A plain model: adapters are merged into its weights, and also written beside it as they are."""
         weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         if self.recipe.what == "lora":
-            from skipvision.training.lora import merged_state  # needs peft
-
+            write_adapter(folder.parent / "adapter", weights, self.recipe.lora, self.base.identity)
             weights = merged_state(weights, self.recipe.lora)
         save_weights(self.config.as_trained(), weights, folder, self.base.speaker.files())
 

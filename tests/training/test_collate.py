@@ -19,6 +19,7 @@ from skipvision.training.collate import Batch, collate
 from skipvision.training.conversation import Broken
 from skipvision.training.samples import Sample
 from skipvision.training.speaker import IGNORE
+from skipvision.training.task import Objective
 from skipvision.training.tune import TuneModule
 from tests.skipvision import tiny, zoo
 from tests.training.shown import Part, loss_alone, sample_of
@@ -187,6 +188,21 @@ def test_text_alone_passes_no_encoder() -> None:
     assert all(each.grad is None for each in model.vision.parameters())
 
 
+def test_text_alone_asks_the_layers_for_gradients_even_where_the_projector_alone_learns() -> None:
+    """Or else processes that share layers would wait for one another."""
+    model = own(tiny.MERGED)
+    model.vision.requires_grad_(False)
+    model.decoder.requires_grad_(False)
+    batch = collate([[sample_of("text", CONVERSATIONS["text-only"], model.config, tiny.IMAGE)]], model.config)
+    passed: list[bool] = []
+    model.decoder.layers[0].register_full_backward_hook(lambda *_: passed.append(True))
+    TuneModule(model)(batch).total.backward()
+    assert passed == [True]
+    for part in (model.projector, model.summary):
+        assert part is not None
+        assert all(each.grad is not None and not each.grad.any() for each in part.parameters())
+
+
 @pytest.mark.parametrize("skip", [tiny.MERGED, tiny.SKIPS["merged-seen-by-all"]], ids=["image", "all"])
 def test_skipped_rows_pass_no_ffn(skip: SkipConfig) -> None:
     model = own(skip)
@@ -210,7 +226,8 @@ def test_the_random_selector_draws_from_torch() -> None:
 
     def loss(seed: int) -> float:
         torch.manual_seed(seed)
-        return TuneModule(model)(collate([[each] for each in samples], model.config)).answer_loss.item()
+        objective: Objective = TuneModule(model)(collate([[each] for each in samples], model.config))
+        return objective.total.item()
 
     assert loss(1) == loss(1) != loss(2)
 

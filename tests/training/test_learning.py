@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from skipvision.config import SkipConfig
+from skipvision.decoder import DecoderLayer
 from skipvision.model import SkipVisionModel
 from skipvision.training.collate import Batch, collate
 from skipvision.training.learning import parameter_groups, recompute_layers, set_learning
@@ -165,8 +167,8 @@ def test_computing_layers_again_changes_nothing_and_keeps_less(recipe: TuneRecip
     def run(again: bool) -> tuple[int, Sequence[Tensor], list[str]]:
         model = model_of(recipe=recipe)
         if with_dropout:
-            for layer in model.decoder.layers:
-                layer.attention.v = _Dropped(layer.attention.v)
+            for layer in cast("Iterable[DecoderLayer]", model.decoder.layers):
+                layer.ffn.down = cast("nn.Linear", _Dropped(layer.ffn.down))
         if again:
             recompute_layers(model)
         torch.manual_seed(5)

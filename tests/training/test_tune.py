@@ -36,8 +36,8 @@ from skipvision.training.samples import read_sample
 from skipvision.training.sources import open_sources
 from skipvision.training.speaker import IGNORE
 from skipvision.training.task import MicroBatch
-from skipvision.training.tune import TuneTask, look_at, tune
-from skipvision.training.tune_recipe import SaveRecipe, SourceRecipe, TuneData, TuneOptim, TuneRecipe
+from skipvision.training.tune import TuneModule, TuneTask, look_at, tune
+from skipvision.training.tune_recipe import LoraRecipe, SaveRecipe, SourceRecipe, TuneData, TuneOptim, TuneRecipe
 from tests.training.fake_speaker import END, PLAIN, SKIPPING, TILED, WordSpeaker
 from tests.training.sets import asked, write_lines
 from tests.training.shown import loss_alone
@@ -217,21 +217,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["projector", "full"])
+@pytest.mark.parametrize("what", ["projector", "lora"])
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, what: str) -> None:
     """Some micro-batches are text alone, and some steps have fewer micro-batches than processes."""
     path = write_set(tmp_path / "set", 10)
+    recipe = recipe_for(
+        path, data={"validation_samples": 3}, optim={"epochs": 2.0}, save=SaveRecipe(every=3), what=what
+    )
+    tune(recipe, base_of(), tmp_path / "run-1", silent)
     script = tmp_path / "script.py"
     script.write_text(LOSSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    logs = []
-    for world in (1, 2):
-        output = tmp_path / f"run-{world}"
-        arguments = [*command, str(world), str(script), str(path), str(output), what]
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        logs.append([json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()])
+    arguments = [*command, str(path), str(tmp_path / "run-2"), what]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    files = [tmp_path / run / "log.jsonl" for run in ("run-1", "run-2")]
+    logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     steps = [[row for row in log if row.get("event") == "step"] for log in logs]
     scores = [[row["scores"]["loss"] for row in log if row.get("event") == "validation"] for log in logs]
     assert len(steps[0]) == 6
@@ -319,7 +321,7 @@ def test_a_run_validates_and_keeps_the_best(tmp_path: Path) -> None:
     assert [event.step for event in events if isinstance(event, ValidationEvent)] == [2, 3]
 
 
-@pytest.mark.parametrize("what", ["projector", "full"])
+@pytest.mark.parametrize("what", ["projector", "full", "lora"])
 def test_checkpoints_hold_what_learned_and_what_did_not(tmp_path: Path, what: str) -> None:
     recipe = recipe_for(write_set(tmp_path / "set"), what=what, checkpoint_activations=True)
     base = base_of()
@@ -327,7 +329,26 @@ def test_checkpoints_hold_what_learned_and_what_did_not(tmp_path: Path, what: st
     weights = load_checkpoint(tune(recipe, base, tmp_path / "run", silent)).state_dict()
     assert weights.keys() == before.keys()
     moved = {name.split(".")[0] for name, each in weights.items() if not torch.equal(each, before[name])}
-    assert moved == {"projector", "summary"} | ({"decoder"} if what == "full" else set())
+    assert moved == {"projector", "summary"} | (set() if what == "projector" else {"decoder"})
+
+
+def test_adapters_are_merged_into_what_they_adapt(tmp_path: Path) -> None:
+    recipe = recipe_for(write_set(tmp_path / "set"), what="lora", lora=LoraRecipe(rank=4, alpha=8, dropout=0.1))
+    task = task_of(recipe, tmp_path)
+    decoder = {name for name, each in task.module.named_parameters() if each.requires_grad and ".decoder." in name}
+    assert decoder
+    assert all(".lora_" in name for name in decoder)
+    with torch.no_grad():
+        for name, each in task.module.named_parameters():
+            if ".lora_B." in name:  # zero at first
+                each.normal_(std=0.1)
+    task.write_checkpoint(tmp_path / "checkpoint", task.module.state_dict())
+    merged, adapted = load_checkpoint(tmp_path / "checkpoint"), task.module.eval()
+    for step in task.batches(0, 0, 1):
+        for batch in step:
+            # fp32: one product of matrices against two.
+            torch.testing.assert_close(TuneModule(merged)(batch).total, adapted(batch).total, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_tiles_are_runs_of_their_own(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from skipvision.config import ModelConfig, SkipConfig, TextConfig, VisionConfig
 from skipvision.layout import BatchLayout, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.training.conversation import Broken
+from skipvision.training.distributed import joined
 from skipvision.training.loop import LoopSettings, run
 from skipvision.training.task import Counts, Objective
 
@@ -35,6 +36,10 @@ class Sample:
     name: str
     ids: Tensor
     picture: Tensor | None = None
+
+
+NOTHING = Sample("nothing", torch.ones(LENGTH, dtype=torch.long))
+"""What a process computes that has no samples: it must not miss what the others exchange."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,15 @@ class Tiny(nn.Module):
     def forward(self, micro: Micro) -> Objective:
         model = self.model
         answer, weight = model.decoder.embed.weight.sum() * 0, 0
-        for sample in micro.samples:
+        for sample in micro.samples or (NOTHING,):
             seen = sample.picture is not None
             ids = [*([IMAGE] if seen else []), *sample.ids.tolist()]
             pixels = sample.picture if sample.picture is not None else torch.zeros(0, 3, 8, 8)
             layout = BatchLayout.of([TokenLayout.of(ids, IMAGE, model.config)], len(ids))
             logits = model(torch.tensor([ids]), model.encode_images(pixels), layout)[0, -LENGTH:-1]
-            answer = answer + nn.functional.cross_entropy(logits, sample.ids[1:], reduction="sum")
-            weight += LENGTH - 1
+            counts = sample is not NOTHING
+            answer = answer + nn.functional.cross_entropy(logits, sample.ids[1:], reduction="sum") * counts
+            weight += (LENGTH - 1) * counts
         return Objective(answer, weight, answer)
 
 
@@ -156,7 +162,7 @@ class ToyTask:
                 micros = [Micro(()) for _ in micros]
             broken = tuple(Broken(name, "cut") for name in self.broken_at.get(step, ()))
             micros[0] = Micro(micros[0].samples, broken)
-            yield micros[rank::world]
+            yield [*micros, *[Micro(())] * (-len(micros) % world)][rank::world]
 
     def _sample(self, step: int, number: int, generator: torch.Generator) -> Sample:
         ids = torch.randint(1, VOCABULARY, (LENGTH,), generator=generator)
@@ -189,16 +195,12 @@ def toy_settings(**settings: object) -> LoopSettings:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("kind", choices=["toy", "tiny"])
-    parser.add_argument("--task", type=json.loads, default={})
-    parser.add_argument("--settings", type=json.loads, default={})
-    parser.add_argument("--kill-at", type=int, default=-1, help="step behind which one process is killed")
+    parser.add_argument("jobs", type=json.loads, help="each {output, kind, task, settings}")
+    parser.add_argument("--kill-at", type=int, default=-1, help="step in which one process is killed")
     parser.add_argument("--kill-rank", type=int, default=0)
-    parser.add_argument("--fail-rank", type=int, default=-1, help="process that fails at the second step")
+    parser.add_argument("--fail-rank", type=int, default=-1, help="process that fails in the second step")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    task = toy_task(options.kind, **options.task)
 
     class Watched(ToyTask):
         """Dies in the midst of a step."""
@@ -212,7 +214,10 @@ def main() -> None:
                 yield each
 
     try:
-        run(Watched(**vars(task)), toy_settings(**options.settings), options.output, lambda _event: None)
+        with joined("cpu"):
+            for job in options.jobs:
+                task = Watched(**vars(toy_task(job["kind"], **job["task"])))
+                run(task, toy_settings(**job["settings"]), Path(job["output"]), lambda _event: None)
     except ValueError as error:
         sys.stderr.write(f"Error: {error}\n")
         raise SystemExit(1) from None
