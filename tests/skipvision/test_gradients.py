@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skipvision.config import SkipConfig, Visibility
+from skipvision.config import Selector, SkipConfig, Visibility
 from skipvision.layout import BatchLayout, TokenLayout, picture_spans
 from skipvision.model import SkipVisionModel
 from skipvision.tiles import cut_picture
@@ -33,9 +33,10 @@ def model_of(name: str, visibility: Visibility | None) -> SkipVisionModel:
         retained, skipped = model.config.num_tokens // 3, 5
         if name == "resampler":
             retained = model.config.leading_parts[0]
-        first = "first" if name == "resampler" else None
-        ranked = "cls_attention" if model.config.vision.has_cls else "received_attention"
-        model = model.with_skip(SkipConfig(retained, skipped, first or ranked, visibility))
+        selector: Selector = "cls_attention" if model.config.vision.has_cls else "received_attention"
+        if name == "resampler":
+            selector = "first"
+        model = model.with_skip(SkipConfig(retained, skipped, selector, visibility))
         assert model.summary is not None
         nn.init.normal_(model.summary.score.weight, generator=torch.Generator().manual_seed(0))
     return model.requires_grad_()
@@ -128,7 +129,8 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     for part, parameters in parts.items():
         directions = [torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in parameters]
         size = math.sqrt(sum(float(each.square().sum()) for each in directions))
-        slope = sum(float((each.grad * way).sum()) for each, way in zip(parameters, directions, strict=True)) / size
+        pairs = [(each.grad, way) for each, way in zip(parameters, directions, strict=True) if each.grad is not None]
+        slope = sum(float((gradient * way).sum()) for gradient, way in pairs) / size
         losses = []
         for step in (1e-4, -1e-4):
             with torch.no_grad():
