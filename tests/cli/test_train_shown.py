@@ -100,14 +100,14 @@ def test_no_line_of_the_panel_is_so_long_that_an_echo_would_fold_it(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("LINES", "60")
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
     facts = RunFacts()
     with Watch(facts) as watch:
         for event in (StageEvent("looking at samples", 1, 2), step_event(7), StageEvent("validating", 1, 3)):
             facts(event)
             watch(event)
-    last = sys.stderr.getvalue().split("\x1b[2K")[-20:]
-    lines = [line for part in last for line in ESCAPE.sub("", part).replace("\r", "").split("\n")]
+    lines = re.split(r"[\r\n]+", ESCAPE.sub("", screen.getvalue()))
     assert any("1,024" in line for line in lines)
     assert max(map(len, lines)) <= width - len("^C")
 
