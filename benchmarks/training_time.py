@@ -33,14 +33,9 @@ from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import train_tokenizer
 from skipvision.training.distributed import Processes
 from skipvision.training.feature_cache import FeatureCache, compute_dtype, encoded, scene_pictures
-<<<<<<< HEAD
 from skipvision.training.recipes import read_scratch_recipe
-from skipvision.training.scratch import Batches, Run, initialise
-from skipvision.training.scratch_recipe import ScratchRecipe
-=======
 from skipvision.training.scratch import Batches, ScratchTask, initialise, scratch_settings
-from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
->>>>>>> wC
+from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.speaker import IGNORE
 from skipvision.training.update import Clock, Updater
 from skipvision.vision import VisionEncoder

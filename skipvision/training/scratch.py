@@ -98,19 +98,6 @@ def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Pa
     started = time.monotonic()
     training, validation = encode_data(recipe, assets, model.vision, cache_root, report)
     encode_seconds = time.monotonic() - started
-<<<<<<< HEAD
-    run = Run(recipe, model, tokenizer, output)
-    if fresh:
-        run.discard()
-    run.resume()
-    run.start_log(encode_seconds)
-    run.align(training, report)
-    run.train(training, validation, report)
-    checkpoint = output / "checkpoint"
-    files = {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE}
-    save_checkpoint(model, checkpoint, files)
-    return checkpoint
-=======
     task = ScratchTask(recipe, model, tokenizer, Batches(recipe, training, tokenizer), validation)
     return run(
         task,
@@ -157,7 +144,6 @@ def _told(recipe: ScratchRecipe, report: Report) -> Callable[[Event], None]:
             report(TrainEvent("validate", event.step, recipe.optim.steps, rate, smoothed, scores))
 
     return tell
->>>>>>> wC
 
 
 def initialise(model: SkipVisionModel) -> None:
@@ -502,4 +488,5 @@ class ScratchTask:
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """The heads of the auxiliary losses are thrown away."""
         self.module.load_state_dict(state)
-        save_checkpoint(self.model, folder, self.tokenizer.to_str(pretty=True), CHAT_TEMPLATE)
+        files = {"tokenizer.json": self.tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE}
+        save_checkpoint(self.model, folder, files)
