@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,6 +123,8 @@ def shard(module: nn.Module, processes: Processes) -> None:
     A decoder layer is whole while it computes; all else, the vision tower too, in every forward pass, whatever is
     shown: a process that sees text alone must not miss what the others exchange. Gradients are summed, not averaged.
     """
+    # A layer returns its values as a view, for a KV cache; nothing writes into them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPDecoderLayer. returned a view", UserWarning)
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     for layer in [each for each in module.modules() if isinstance(each, DecoderLayer)]:
         fully_shard(layer, mesh=mesh)

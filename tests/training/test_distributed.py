@@ -63,6 +63,7 @@ def test_two_processes_are_one_at_the_same_global_batch(alone: Path, tmp_path: P
     ]
     done = run_toys(*jobs, world=2)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     for number in numbers:
         check_same(tmp_path / f"tiny{number}", alone)
         check_same(tmp_path / f"toy{number}", run_here(tmp_path / f"reference{number}", "toy", accumulate=number))
