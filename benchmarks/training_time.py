@@ -31,10 +31,12 @@ from skipvision.data.questions import vocabulary_text
 from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import train_tokenizer
+from skipvision.training.distributed import Processes
 from skipvision.training.feature_cache import FeatureCache, compute_dtype, encoded, scene_pictures
-from skipvision.training.scratch import Batches, Run, initialise
+from skipvision.training.scratch import Batches, ScratchTask, initialise, scratch_settings
 from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
 from skipvision.training.speaker import IGNORE
+from skipvision.training.update import Clock, Updater
 from skipvision.vision import VisionEncoder
 
 _WARM_UP = 2
@@ -51,13 +53,13 @@ def encode(recipe: ScratchRecipe, assets: data_assets.Assets, folder: Path) -> t
     return cache, time.perf_counter() - start
 
 
-def prepared_run(recipe: ScratchRecipe, tokenizer: Tokenizer, *, skips: bool) -> Run:
+def prepared_task(recipe: ScratchRecipe, cache: FeatureCache, tokenizer: Tokenizer, *, skips: bool) -> ScratchTask:
     """A run of the recipe that has not begun."""
     torch.manual_seed(recipe.seed)
     text = replace(recipe.model.text, vocab_size=tokenizer.get_vocab_size())
     model = SkipVisionModel(replace(recipe.model, text=text, skip=recipe.model.skip if skips else None))
     initialise(model)
-    return Run(recipe, model, tokenizer, Path())
+    return ScratchTask(recipe, model, tokenizer, Batches(recipe, cache, tokenizer))
 
 
 def sequence(config: ModelConfig, *text_rows: int) -> TokenLayout:
@@ -88,26 +90,28 @@ def ffn_share(config: ModelConfig, text_width: int) -> dict[str, float]:
 def measure(recipe: ScratchRecipe, cache: FeatureCache, tokenizer: Tokenizer, steps: int) -> dict[str, Any]:
     """Times of `steps` steps of each model, and what FLOPs say about them."""
     skips = {"dense": False, "skipped": True}
-    runs = {name: prepared_run(recipe, tokenizer, skips=wanted) for name, wanted in skips.items()}
-    layouts = {name: sequence(run.model.config) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    tasks = {name: prepared_task(recipe, cache, tokenizer, skips=wanted) for name, wanted in skips.items()}
+    settings = scratch_settings(recipe)
+    updaters = {name: Updater(task, settings, Processes()) for name, task in tasks.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
     batch_seconds: list[float] = []
     answer_rows = 0
-    batches = Batches(recipe, cache, tokenizer)
     for number in range(_WARM_UP + steps):
         start = time.perf_counter()
-        data, text = batches(number)
+        batch = tasks["skipped"].batch(number)
         batch_seconds.append(time.perf_counter() - start)
-        answer_rows += int((text.labels != IGNORE).sum())
-        for name in list(runs)[:: 1 if number % 2 else -1]:
+        answer_rows += int((batch.text.labels != IGNORE).sum())
+        for name in list(tasks)[:: 1 if number % 2 else -1]:
+            shown = [replace(batch, layout=tasks[name].layout)]
             start = time.perf_counter()
-            runs[name].step_once(layouts[name], data, text)
+            clock = Clock(torch.device("cpu"))
+            updaters[name].apply(number, updaters[name].gather(number, shown, clock), shown, clock)
             seconds[name].append(time.perf_counter() - start)
         print(f"step {number + 1} of {_WARM_UP + steps}", file=sys.stderr)
     step = compared({name: values[_WARM_UP:] for name, values in seconds.items()})
     per_picture = answer_rows / (_WARM_UP + steps) / recipe.optim.batch_size
     width = recipe.optim.text_width
-    counts = {name: step_flops(run.model.config, width, per_picture) for name, run in runs.items()}
+    counts = {name: step_flops(task.model.config, width, per_picture) for name, task in tasks.items()}
     promised, real = 1 - counts["skipped"] / counts["dense"], 1 - step["ratio"]["ratio"]
     return {
         "step": step,
@@ -119,14 +123,19 @@ def measure(recipe: ScratchRecipe, cache: FeatureCache, tokenizer: Tokenizer, st
 
 
 def read_log(log: Path) -> dict[str, Any]:
-    """What a finished run says of itself. Seconds begin anew where a run was resumed: its stretches are added up.
+    """What a finished run says of itself. A step's seconds are its own, and where they came from; of the first logs,
+    those since the run was started or resumed, whose stretches are added up.
 
     Encoding is left out where the log does not know it.
     """
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if "seconds" in row]
-    ends = [row["seconds"] for row, after in pairwise(steps) if after["seconds"] < row["seconds"]]
-    found = {"steps": steps[-1]["step"], "minutes": (sum(ends) + steps[-1]["seconds"]) / 60}
+    steps = [row for row in rows if "seconds" in row and row.get("event", "step") == "step"]
+    if "event" in steps[-1]:
+        seconds = sum(sum(row["seconds"].values()) for row in steps)
+    else:
+        ends = [row["seconds"] for row, after in pairwise(steps) if after["seconds"] < row["seconds"]]
+        seconds = sum(ends) + steps[-1]["seconds"]
+    found = {"steps": steps[-1]["step"], "minutes": seconds / 60}
     encoding = [row["encode_seconds"] / 60 for row in rows if "encode_seconds" in row]
     return found | ({"encode_minutes": encoding[0]} if encoding else {})
 

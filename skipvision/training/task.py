@@ -56,7 +56,8 @@ class Task(Protocol):
     """One kind of training. Everything random in it comes from (seed, step), so that a run can go on anywhere."""
 
     module: nn.Module
-    """Called with a micro-batch; returns its Objective. All that learns is in it, and may be sharded."""
+    """Called with a micro-batch; returns its Objective. All that learns is in it, and may be sharded: so it calls each
+    decoder layer as often as in any other process, even for a micro-batch without samples."""
 
     @property
     def num_steps(self) -> int: ...
@@ -68,7 +69,7 @@ class Task(Protocol):
         """Of each step from `first_step` on, this process's micro-batches; as many in all processes."""
 
     def validate(self) -> Mapping[str, float]:
-        """Scores, called in all processes; `loss` is among them, by which the best is known. Empty where there is
+        """Scores, called in all processes; by `loss`, where it is among them, the best is known. Empty where there is
         nothing to validate on."""
 
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -20,13 +20,26 @@ from skipvision.checkpoint import load_checkpoint
 from skipvision.config import SkipConfig
 from skipvision.data.names import COLOUR_IDS, LABEL_IDS, LABELS
 from skipvision.data.questions import Question, vocabulary_text
-from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import ASSISTANT, END, USER, special_ids, train_tokenizer
+from skipvision.training.distributed import Processes
+from skipvision.training.errors import TrainError
 from skipvision.training.feature_cache import FeatureCache
-from skipvision.training.scratch import Batches, PatchHead, PlaceHead, Run, TrainError, TrainEvent, initialise, train
+from skipvision.training.scratch import (
+    Batches,
+    PatchHead,
+    PlaceHead,
+    ScratchBatch,
+    ScratchTask,
+    TrainEvent,
+    initialise,
+    scratch_settings,
+    train,
+)
 from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.speaker import IGNORE
+from skipvision.training.state import Progress, States
+from skipvision.training.update import Clock, Updater
 
 pytestmark = pytest.mark.usefixtures("no_downloads")
 
@@ -62,7 +75,8 @@ def run(
 def losses(output: Path) -> dict[int, tuple[float, float, float]]:
     """Answer loss, patch loss and place loss of each step, as last logged."""
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {row["step"]: (row["loss"], row["patch_loss"], row["place_loss"]) for row in rows if "loss" in row}
+    steps = [row for row in rows if row.get("event") == "step"]
+    return {row["step"]: (row["loss"], row["parts"]["patch_loss"], row["parts"]["place_loss"]) for row in steps}
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +173,12 @@ def test_another_recipe_is_refused_in_the_same_folder(
     recipe: ScratchRecipe, tmp_path: Path, cache_root: Path, change: Callable[[ScratchRecipe], ScratchRecipe]
 ) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
-    before = (tmp_path / "training.safetensors").read_bytes()
-    with pytest.raises(TrainError, match=r"belongs to another recipe; use another folder, or .* --fresh$"):
+    before = saved(tmp_path).read_bytes()
+    with pytest.raises(
+        TrainError, match=r"belongs to another recipe, data or base; use another folder, or .* --fresh$"
+    ):
         run(change(recipe), tmp_path, cache_root=cache_root)
-    assert (tmp_path / "training.safetensors").read_bytes() == before
+    assert saved(tmp_path).read_bytes() == before
 
 
 def test_fresh_starts_anew(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
@@ -177,16 +193,16 @@ def test_fresh_starts_anew(recipe: ScratchRecipe, tmp_path: Path, cache_root: Pa
 
 def test_a_damaged_save_is_refused_with_a_way_out(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
-    file = tmp_path / "training.safetensors"
+    file = saved(tmp_path)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(TrainError, match=r"training\.safetensors: unreadable .* --fresh$"):
+    with pytest.raises(TrainError, match=r"safetensors: missing, cut or altered; .* --fresh$"):
         run(recipe, tmp_path, cache_root=cache_root)
 
 
-def test_a_save_that_is_none_of_ours_is_refused(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
-    save_file({"a": torch.zeros(1)}, tmp_path / "training.safetensors")
-    with pytest.raises(TrainError, match="another recipe"):
-        run(recipe, tmp_path, cache_root=cache_root)
+def saved(output: Path) -> Path:
+    """The one state of a finished run."""
+    (file,) = (output / "states").glob("*/*.safetensors")
+    return file
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -203,11 +219,10 @@ def test_the_log_has_every_step_once_however_often_a_run_is_killed(
     run(recipe, tmp_path, cache_root=cache_root)
     rows = rows_of(tmp_path)
     assert list(rows[0]) == ["encode_seconds"]
-    assert [row["step"] for row in rows[1:] if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows[1:] if "validation" in row] == [6]
-    assert len(rows) == 8
+    told = [(row["event"], row["step"]) for row in rows[1:]]
+    assert told == [*(("step", step) for step in range(1, 7)), ("validation", 6), ("done", 6)]
     run(recipe, tmp_path, cache_root=cache_root, fresh=True)
-    assert [row.get("step") for row in rows_of(tmp_path)] == [None, 1, 2, 3, 4, 5, 6, 6]
+    assert [row.get("step") for row in rows_of(tmp_path)] == [None, 1, 2, 3, 4, 5, 6, 6, 6]
 
 
 def test_a_fresh_run_that_is_killed_early_does_not_go_on_from_the_run_before(
@@ -238,10 +253,10 @@ def test_a_blind_run_never_looks(
     assert losses(tmp_path / "blind").keys() == set(range(1, 7))
     by_features = []
     for factor in (1.0, -3.0):
-        blind_run = made_run(blind, tmp_path)
-        data, text = Batches(blind, features, blind_run.tokenizer)(0)
-        data["features"] = data["features"] * factor
-        answer, patches, _ = blind_run.step_once(training_layout(blind), data, text)
+        blind_run = made_run(blind, features)
+        batch = blind_run.task.batch(0)
+        batch.data["features"] *= factor
+        answer, patches, _ = blind_run.step_once(batch)
         by_features.append((answer, patches))
     assert by_features[0][0] == by_features[1][0]
     assert by_features[0][1] != by_features[1][1]
@@ -255,20 +270,18 @@ def test_a_killed_run_with_random_selection_goes_on_exactly(
     run(random, tmp_path / "killed", cache_root=cache_root, kill_at=3)
     run(random, tmp_path / "killed", cache_root=cache_root)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    killed, whole = ([row for row in rows_of(tmp_path / name) if "validation" in row] for name in ("killed", "whole"))
+    killed, whole = (
+        [row for row in rows_of(tmp_path / name) if row.get("event") == "validation"] for name in ("killed", "whole")
+    )
     assert killed == whole
 
 
-def test_random_selection_draws_anew_at_every_step(
-    recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path
-) -> None:
+def test_random_selection_draws_anew_at_every_step(recipe: ScratchRecipe, features: FeatureCache) -> None:
     random = replace(recipe, model=replace(recipe.model, skip=SkipConfig(6, 4, selector="random")))
     random = replace(random, optim=replace(random.optim, warmup_steps=1, learning_rate=1e-12, weight_decay=0.0))
-    the_run = made_run(random, tmp_path)
-    data, text = Batches(random, features, the_run.tokenizer)(0)
-    answers = []
-    for the_run.step in (0, 1, 0):
-        answers.append(the_run.step_once(training_layout(random), data, text)[0])
+    the_run = made_run(random, features)
+    batch = the_run.task.batch(0)
+    answers = [the_run.step_once(replace(batch, step=step))[0] for step in (0, 1, 0)]
     assert answers[0] != pytest.approx(answers[1], abs=1e-5)
     assert answers[0] == pytest.approx(answers[2], abs=1e-6)
 
@@ -279,19 +292,18 @@ def test_a_killed_run_goes_on_exactly_where_some_batches_know_no_patches(
     """As with easy-VQA, whose pictures come without truths: their batches leave the patch head alone."""
     slow = replace(recipe, optim=replace(recipe.optim, steps=4, warmup_steps=0), save_every=2)
 
-    def step(number: int, the_run: Run) -> tuple[float, float, float]:
-        data, text = Batches(slow, features, the_run.tokenizer)(number)
+    def step(number: int, the_run: MadeRun) -> tuple[float, float, float]:
+        batch = the_run.task.batch(number)
         if number == 0:
-            data["labels"] = torch.full_like(data["labels"], -1)
-        the_run.step = number + 1
-        return the_run.step_once(training_layout(slow), data, text)
+            batch.data["labels"] = torch.full_like(batch.data["labels"], -1)
+        return the_run.step_once(batch)
 
-    whole = made_run(slow, tmp_path)
+    whole, resumed = made_run(slow, features), made_run(slow, features)
     step(0, whole)
     step(1, whole)
-    whole.save()
-    resumed = made_run(slow, tmp_path)
-    resumed.resume()
+    states = States(tmp_path, "this", 0, 1, Processes())
+    states.save(Progress(2), whole.task.module, whole.updater.optimiser)
+    states.load(2, resumed.task.module, resumed.updater.optimiser)
     for the_run in (whole, resumed):
         step(2, the_run)
     assert step(3, resumed) == step(3, whole)
@@ -316,17 +328,28 @@ def tokenizer_of(features: FeatureCache) -> Tokenizer:
     return train_tokenizer([q.question + q.answer for draws in features.questions for draw in draws for q in draw], 400)
 
 
-def made_run(recipe: ScratchRecipe, output: Path) -> Run:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(["What is this? This is a red circle."], 400)
-    text = replace(recipe.model.text, vocab_size=tokenizer.get_vocab_size())
-    model = SkipVisionModel(replace(recipe.model, text=text))
-    initialise(model)
-    return Run(recipe, model, tokenizer, output)
+class MadeRun:
+    """A run that has not begun, without a folder."""
+
+    def __init__(self, recipe: ScratchRecipe, features: FeatureCache) -> None:
+        torch.manual_seed(0)
+        tokenizer = train_tokenizer(["What is this? This is a red circle."], 400)
+        text = replace(recipe.model.text, vocab_size=tokenizer.get_vocab_size())
+        self.model = SkipVisionModel(replace(recipe.model, text=text))
+        initialise(self.model)
+        self.task = ScratchTask(recipe, self.model, tokenizer, Batches(recipe, features, tokenizer))
+        self.updater = Updater(self.task, scratch_settings(recipe), Processes())
+
+    def step_once(self, batch: ScratchBatch) -> tuple[float, float, float]:
+        """One update; answer loss, patch loss and place loss."""
+        clock = Clock(torch.device("cpu"))
+        gathered = self.updater.gather(batch.step, [batch], clock)
+        self.updater.apply(batch.step, gathered, [batch], clock)
+        return gathered.loss, gathered.parts["patch_loss"], gathered.parts["place_loss"]
 
 
-def training_layout(recipe: ScratchRecipe) -> TokenLayout:
-    return TokenLayout(() if recipe.blind else (ImageSpan.of(recipe.model),))
+def made_run(recipe: ScratchRecipe, features: FeatureCache) -> MadeRun:
+    return MadeRun(recipe, features)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(recipe: ScratchRecipe, features: FeatureCache) -> None:
@@ -384,30 +407,16 @@ def test_second_turns_share_a_block_with_the_first(recipe: ScratchRecipe, featur
         assert torch.equal(blocks, questions if share == 0 else torch.ones_like(blocks))
 
 
-def test_the_learning_rate_warms_up_and_falls_to_the_minimum(recipe: ScratchRecipe, tmp_path: Path) -> None:
-    settings = replace(recipe, optim=replace(recipe.optim, steps=100, warmup_steps=10, min_learning_rate=1e-4))
-    the_run = made_run(settings, tmp_path)
-    rates = []
-    for the_run.step in range(100):
-        rates.append(the_run.learning_rate())
-    assert rates[0] == pytest.approx(0.001)
-    assert max(rates) == rates[9] == rates[10] == pytest.approx(0.01)
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(1e-4, rel=0.05)
-    assert min(rates[10:]) > 1e-4
-
-
-def test_norms_and_biases_do_not_decay(recipe: ScratchRecipe, tmp_path: Path) -> None:
-    the_run = made_run(recipe, tmp_path)
-    decayed, spared = (set(map(id, group["params"])) for group in the_run.optimiser.param_groups)
-    for name, parameter in the_run.trained.named_parameters():
+def test_norms_and_biases_do_not_decay(recipe: ScratchRecipe, features: FeatureCache) -> None:
+    the_run = made_run(recipe, features)
+    decayed, spared = (set(map(id, group["params"])) for group in the_run.updater.optimiser.param_groups)
+    for name, parameter in the_run.task.module.named_parameters():
         assert (id(parameter) in spared) == ("norm" in name or name.endswith("bias")), name
-    assert decayed | spared == {id(parameter) for parameter in the_run.trained.parameters()}
+    assert decayed | spared == {id(parameter) for parameter in the_run.task.module.parameters()}
 
 
-def test_a_fresh_model_summarises_by_the_mean(recipe: ScratchRecipe, tmp_path: Path) -> None:
-    model = made_run(recipe, tmp_path).model
+def test_a_fresh_model_summarises_by_the_mean(recipe: ScratchRecipe, features: FeatureCache) -> None:
+    model = made_run(recipe, features).model
     assert model.summary is not None
     tokens = torch.randn(2, 5, 16)
     torch.testing.assert_close(model.summary(tokens), tokens.mean(1, keepdim=True), rtol=0, atol=1e-6)
@@ -504,18 +513,17 @@ def test_every_name_and_letter_of_the_real_vocabulary_has_a_token() -> None:
     assert [LABELS[label] for label in label_of[spelled].tolist() if label] == list("STOP")
 
 
-def test_the_first_loss_is_that_of_guessing(recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path) -> None:
-    the_run = made_run(recipe, tmp_path)
-    data, text = Batches(recipe, features, the_run.tokenizer)(0)
-    answer, _, _ = the_run.step_once(training_layout(recipe), data, text)
-    vocabulary = the_run.tokenizer.get_vocab_size()
+def test_the_first_loss_is_that_of_guessing(recipe: ScratchRecipe, features: FeatureCache) -> None:
+    the_run = made_run(recipe, features)
+    answer, _, _ = the_run.step_once(the_run.task.batch(0))
+    vocabulary = the_run.task.tokenizer.get_vocab_size()
     assert answer == pytest.approx(math.log(vocabulary), abs=1.5)
 
 
 def test_the_place_loss_reaches_the_layers_before_the_middle(
-    recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: ScratchRecipe, features: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    the_run = made_run(recipe, tmp_path)
+    the_run = made_run(recipe, features)
     layers = the_run.model.decoder.layers
     reached: list[bool] = []
 
@@ -527,17 +535,17 @@ def test_the_place_loss_reaches_the_layers_before_the_middle(
             reached.append(gradient is not None and bool(gradient.abs().sum() > 0))
         return names.sum() * 0
 
-    monkeypatch.setattr(the_run.place_head, "forward", spy)
-    the_run.step_once(training_layout(recipe), *Batches(recipe, features, the_run.tokenizer)(0))
+    monkeypatch.setattr(the_run.task.module.place_head, "forward", spy)
+    the_run.step_once(the_run.task.batch(0))
     assert reached == [True, False]
 
 
-def test_alignment_teaches_the_projector_alone(recipe: ScratchRecipe, features: FeatureCache, tmp_path: Path) -> None:
+def test_alignment_teaches_the_projector_alone(recipe: ScratchRecipe, features: FeatureCache) -> None:
     aligning = replace(recipe, optim=replace(recipe.optim, align_steps=30, align_batch_size=4))
-    the_run = made_run(aligning, tmp_path)
+    the_run = made_run(aligning, features)
     before = {name: tensor.clone() for name, tensor in the_run.model.state_dict().items()}
     events: list[TrainEvent] = []
-    the_run.align(features, events.append)
+    the_run.task.align(features, events.append)
     assert [event.done for event in events if event.stage == "align"] == list(range(1, 31))
     assert events[-1].loss < 0.75 * events[0].loss
     changed = {name for name, tensor in the_run.model.state_dict().items() if not torch.equal(tensor, before[name])}
