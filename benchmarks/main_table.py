@@ -20,8 +20,9 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -45,6 +46,7 @@ from skipvision.data.scenes import render
 from skipvision.data.split import Split
 from skipvision.layout import BatchLayout, TokenLayout
 from skipvision.model import SkipVisionModel
+from skipvision.training.distributed import Processes
 from skipvision.training.evaluate import Outcome, accuracy, answer_all
 from skipvision.training.feature_cache import (
     FeatureCache,
@@ -54,13 +56,17 @@ from skipvision.training.feature_cache import (
     scene_pictures,
     to_pixels,
 )
-from skipvision.training.scratch import Batches, Run, train
+from skipvision.training.loop import run
+from skipvision.training.scratch import Batches, ScratchBatch, ScratchTask, scratch_settings, train
 from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
+from skipvision.training.update import Clock, Updater
 
 _WAIT = 20.0
 """Seconds between looks at what another worker is at."""
 _SAVE_EVERY = 50
 _WARM_UP = 2
+_WEIGHTS = "weights.safetensors"
+_HEADS = ("patch_head.", "place_head.")
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Bench:
         self.plan = plan
         checkpoint = plan.runs / "base" / "checkpoint"
         self.base = load_checkpoint(checkpoint)
-        self.heads = read_heads(plan.runs / "base" / "training.safetensors")
+        self.heads = read_heads(plan.runs / "base")
         self.tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
         self.assets = data_assets.load(Path(plan.recipe.assets))
         data = plan.recipe.data
@@ -135,39 +141,24 @@ class Bench:
     def trained(self, name: str, seed: int) -> SkipVisionModel:
         """The variant behind the second stage. Goes on where it was stopped."""
         variant, folder = VARIANTS[name], self.plan.folder(name, seed)
-        weights = self.plan.folder(variant.weights_of or name, seed) / "weights.safetensors"
+        weights = self.plan.folder(variant.weights_of or name, seed) / "checkpoint" / _WEIGHTS
         model = self.fresh(variant)
         if not weights.exists():
             self.train(variant, model, seed, folder)
         model.load_state_dict(load_file(weights), strict=False)
         return model.eval()
 
-    def run(self, variant: Variant, model: SkipVisionModel, seed: int, folder: Path) -> tuple[Run, Batches]:
-        """An optimiser for `model`, and the batches of the seed."""
+    def task(self, variant: Variant, model: SkipVisionModel, seed: int) -> SecondStage:
+        """The second stage of `model`, on the batches of the seed."""
         recipe = replace(self.plan.recipe, seed=seed, blind=variant.blind)
         batches = Batches(recipe, self.pictures(variant, "train"), self.tokenizer)
-        run = Run(recipe, model, self.tokenizer, folder)
-        run.trained.load_state_dict(self.heads, strict=False)
-        return run, batches
+        return SecondStage(recipe, model, self.tokenizer, batches, self.heads, self.first_step)
 
     def train(self, variant: Variant, model: SkipVisionModel, seed: int, folder: Path) -> None:
-        """The second stage, into weights.safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
-        run, batches = self.run(variant, model, seed, folder)
-        run.resume()
-        layout, first = step_layout(variant, model), self.first_step
-        while run.step < run.recipe.optim.steps:
-            for group in run.optimiser.param_groups:
-                group["lr"] = run.learning_rate()
-            loss, _, _ = run.step_once(layout, *batches(first + run.step))
-            run.step += 1
-            with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": run.step, "loss": round(loss, 4), "time": round(time.time())}) + "\n")
-            if run.step % _SAVE_EVERY == 0 and run.step < run.recipe.optim.steps:
-                run.save()
-        learned = {name: each for name, each in model.state_dict().items() if not name.startswith("vision.")}
-        save_tensors({name: each.clone() for name, each in learned.items()}, folder / "weights.safetensors")
-        run.file.unlink(missing_ok=True)
+        """The second stage, into folder/checkpoint. Goes on where it was stopped."""
+        task = self.task(variant, model, seed)
+        run(task, scratch_settings(task.recipe), folder, lambda _event: None)
+        shutil.rmtree(folder / "states")
 
     @property
     def first_step(self) -> int:
@@ -217,15 +208,39 @@ class Bench:
             replace_results(results, self.plan.results)
 
 
-def read_heads(file: Path) -> dict[str, Tensor]:
-    """What the auxiliary losses learned with the base: a checkpoint leaves it out, and the second stage needs it."""
-    weights = {name.removeprefix("weight."): each for name, each in load_file(file).items()}
-    return {name: each for name, each in weights.items() if name.startswith(("patch_head.", "place_head."))}
+class SecondStage(ScratchTask):
+    """Further steps of a base, in whatever way its visual rows are spent."""
+
+    def __init__(
+        self,
+        recipe: ScratchRecipe,
+        model: SkipVisionModel,
+        tokenizer: Tokenizer,
+        batches: Batches,
+        heads: Mapping[str, Tensor],
+        first_step: int,
+    ) -> None:
+        """`heads` are those of the auxiliary losses; `first_step` is the step of `batches` that comes first."""
+        super().__init__(recipe, model, tokenizer, batches)
+        self.module.load_state_dict(heads, strict=False)
+        self.layout = TokenLayout(() if recipe.blind else (model.span,), visibility_of(model))
+        self.first_step = first_step
+
+    def batch(self, step: int) -> ScratchBatch:
+        return super().batch(self.first_step + step)
+
+    def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """What the model has that the base has not: no encoder, no heads."""
+        folder.mkdir(exist_ok=True)
+        learned = {name: each.clone() for name, each in state.items() if not name.startswith(_HEADS)}
+        save_tensors(learned, folder / _WEIGHTS)
 
 
-def step_layout(variant: Variant, model: SkipVisionModel) -> TokenLayout:
-    """Of the picture in front of the packed questions."""
-    return TokenLayout(() if variant.blind else (model.span,), visibility_of(model))
+def read_heads(base: Path) -> dict[str, Tensor]:
+    """What the auxiliary losses learned with the base, from its last state: its checkpoint leaves it out."""
+    shard = max(base.glob("states/step-*/shard-00001-of-00001.safetensors"))
+    weights = {name.removeprefix("weight."): each for name, each in load_file(shard).items()}
+    return {name: each for name, each in weights.items() if name.startswith(_HEADS)}
 
 
 def read_results(plan: Plan) -> dict[str, Any]:
@@ -285,18 +300,18 @@ def is_ready(plan: Plan, name: str, seed: int) -> bool:
 
 def step_seconds(bench: Bench, names: Sequence[str], steps: int) -> dict[str, list[float]]:
     """Times of training steps of the variants in turn, on the same batches."""
-    runs = {}
-    for name in names:
-        model = bench.fresh(VARIANTS[name])
-        runs[name] = bench.run(VARIANTS[name], model, bench.plan.seeds[0], Path())[0]
-    batches = Batches(bench.plan.recipe, bench.training, bench.tokenizer)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seed = bench.plan.seeds[0]
+    tasks = {name: bench.task(VARIANTS[name], bench.fresh(VARIANTS[name]), seed) for name in names}
+    updaters = {name: Updater(task, scratch_settings(task.recipe), Processes()) for name, task in tasks.items()}
+    batches = bench.task(VARIANTS["dense"], bench.base, seed)
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for step in range(_WARM_UP + steps):
-        data, text = batches(step)
-        for name in list(runs)[:: 1 if step % 2 else -1]:
-            layout = step_layout(VARIANTS[name], runs[name].model)
+        batch = batches.batch(step)
+        for name in list(tasks)[:: 1 if step % 2 else -1]:
+            shown = [replace(batch, layout=tasks[name].layout)]
             start = time.perf_counter()
-            runs[name].step_once(layout, data, text)
+            clock = Clock(torch.device("cpu"))
+            updaters[name].apply(step, updaters[name].gather(step, shown, clock), shown, clock)
             seconds[name].append(time.perf_counter() - start)
     return {name: times[_WARM_UP:] for name, times in seconds.items()}
 
@@ -390,7 +405,7 @@ def main() -> None:
         warmup_steps=options.warmup_steps,
     )
     plan = Plan(
-        replace(recipe, optim=optim),
+        replace(recipe, optim=optim, save_every=_SAVE_EVERY),
         tuple(options.seeds),
         options.runs,
         options.cache,

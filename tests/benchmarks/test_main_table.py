@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,10 +39,12 @@ from skipvision.data.questions import Question
 from skipvision.layout import BatchLayout, ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from skipvision.training.distributed import Processes
 from skipvision.training.evaluate import answer_all
 from skipvision.training.feature_cache import FeatureCache
-from skipvision.training.scratch import Run, initialise
+from skipvision.training.scratch import ScratchModule, initialise
 from skipvision.training.scratch_recipe import ScratchRecipe
+from skipvision.training.state import Progress, States
 from skipvision.vision import VisionEncoder
 from tests.skipvision import reference
 from tests.skipvision.reference import RETAINED, TEXT, Row
@@ -349,9 +352,11 @@ def plan(
     model.vision.load_state_dict(encoder.state_dict())
     folder = tmp_path / "runs" / "base"
     save_checkpoint(model, folder / "checkpoint", tokenizer.to_str(), CHAT_TEMPLATE)
-    Run(recipe, model, tokenizer, folder).save()
+    module = ScratchModule(recipe, model, tokenizer)
+    optimiser = torch.optim.AdamW(module.parameters())
+    States(folder / "states", "base", 0, 1, Processes()).save(Progress(6), module, optimiser)
     second = replace(recipe, assets=str(tmp_path), model=replace(recipe.model, skip=None))
-    second = replace(second, optim=replace(recipe.optim, steps=2, warmup_steps=1, text_width=160))
+    second = replace(second, optim=replace(recipe.optim, steps=2, warmup_steps=1, text_width=160), save_every=1)
     return Plan(second, (0, 1), tmp_path / "runs", tmp_path / "cache", tmp_path / "main_table.json", 1, 6)
 
 
@@ -370,11 +375,11 @@ def test_a_table_is_made_and_gone_on_with(plan: Plan, small: dict[str, Variant])
 
     forgotten = results["variants"]["dense"]["seeds"].pop("1")
     plan.results.write_text(json.dumps(results), encoding="utf-8")
-    before = (plan.folder("dense", 1) / "weights.safetensors").stat().st_mtime_ns
+    before = (plan.folder("dense", 1) / "checkpoint" / "weights.safetensors").stat().st_mtime_ns
     main_table.work(Bench(plan), list(small))
     again = json.loads(plan.results.read_text(encoding="utf-8"))
     assert again["variants"]["dense"]["seeds"]["1"] == forgotten
-    assert (plan.folder("dense", 1) / "weights.safetensors").stat().st_mtime_ns == before
+    assert (plan.folder("dense", 1) / "checkpoint" / "weights.safetensors").stat().st_mtime_ns == before
 
     with pytest.raises(SystemExit, match="another plan"):
         main_table.read_results(replace(plan, base_steps=7))
@@ -387,50 +392,49 @@ def test_every_trained_variant_learns_from_the_same_batches_and_begins_as_the_ba
     seen = []
     for name in ("dense", "skip-small", "blind"):
         model = bench.fresh(small[name])
-        _, batches = bench.run(small[name], model, 1, plan.folder(name, 1))
-        data, text = batches(bench.first_step)
-        seen.append((data["features"], text.input_ids, text.labels))
+        task = bench.task(small[name], model, 1)
+        batch = task.batch(0)
+        seen.append((batch.data["features"], batch.text.input_ids, batch.text.labels))
+        assert batch.layout.length == (0 if name == "blind" else model.span.length)
         learned = dict(model.named_parameters())
-        heads = bench.run(small[name], model, 0, plan.folder(name, 0))[0].trained.state_dict()
+        heads = task.module.state_dict()
         assert {key.split(".")[0] for key in bench.heads} == {"patch_head", "place_head"}
         assert all(torch.equal(heads[key], each) for key, each in bench.heads.items())
         for key, weight in bench.base.named_parameters():
             assert torch.equal(learned[key], weight)
             assert learned[key].data_ptr() != weight.data_ptr()
     assert all(torch.equal(*pair) for other in seen[1:] for pair in zip(seen[0], other, strict=True))
-    other_seed = bench.run(small["dense"], bench.fresh(small["dense"]), 0, plan.folder("dense", 0))[1]
-    assert not torch.equal(other_seed(bench.first_step)[1].input_ids, seen[0][1])
+    other_seed = bench.task(small["dense"], bench.fresh(small["dense"]), 0)
+    assert not torch.equal(other_seed.batch(0).text.input_ids, seen[0][1])
 
 
 def test_a_killed_variant_goes_on_to_the_same_weights(
     plan: Plan, small: dict[str, Variant], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main_table, "_SAVE_EVERY", 1)
     bench = Bench(plan)
     whole = bench.trained("skip-small", 0).state_dict()
-    elsewhere = Bench(plan)
-    folder = plan.folder("skip-small", 1)
+    folder, variant = plan.folder("skip-small", 1), small["skip-small"]
 
     class Killed(Exception):
         pass
 
-    model = elsewhere.fresh(small["skip-small"])
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "save", then_raising(Run.save, Killed))
+        patched.setattr(States, "save", then_raising(States.save, Killed))
         with pytest.raises(Killed):
-            elsewhere.train(small["skip-small"], model, 0, folder)
-    assert not (folder / "weights.safetensors").exists()
-    again = elsewhere.fresh(small["skip-small"])
-    elsewhere.train(small["skip-small"], again, 0, folder)
+            bench.train(variant, bench.fresh(variant), 0, folder)
+    assert [path.name for path in (folder / "states").iterdir()] == ["step-000001"]
+    again = bench.fresh(variant)
+    bench.train(variant, again, 0, folder)
+    assert not (folder / "states").exists()
     for name, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=0)
 
 
-def then_raising(save: Callable[[Run], None], error: type[Exception]) -> Callable[[Run], None]:
+def then_raising(save: Callable[..., Path], error: type[Exception]) -> Callable[..., Path]:
     """Saves, and then fails as a kill would."""
 
-    def saved(run: Run) -> None:
-        save(run)
+    def saved(*values: Any) -> Path:
+        save(*values)
         raise error
 
     return saved
