@@ -35,18 +35,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.answering import answers_by_picture, answers_by_question, visibility_of
-from benchmarks.main_variants import TEXT_ROWS, VARIANTS, Variant
+from benchmarks.main_times import first_token_seconds, step_seconds
+from benchmarks.main_variants import VARIANTS, Variant
 from benchmarks.measuring import RESULTS, spread, surroundings, write_results
 from benchmarks.received import Images, Received
 from benchmarks.twins import QUESTIONS, TEST_PICTURES
 from skipvision.checkpoint import load_checkpoint, save_tensors
-from skipvision.config import RANKED
 from skipvision.data import assets as data_assets
 from skipvision.data.scenes import render
 from skipvision.data.split import Split
-from skipvision.layout import BatchLayout, TokenLayout
+from skipvision.layout import TokenLayout
 from skipvision.model import SkipVisionModel
-from skipvision.training.distributed import Processes
 from skipvision.training.evaluate import Outcome, accuracy, answer_all
 from skipvision.training.feature_cache import (
     FeatureCache,
@@ -59,12 +58,10 @@ from skipvision.training.feature_cache import (
 from skipvision.training.loop import run
 from skipvision.training.scratch import Batches, ScratchBatch, ScratchTask, scratch_settings, train
 from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
-from skipvision.training.update import Clock, Updater
 
 _WAIT = 20.0
 """Seconds between looks at what another worker is at."""
 _SAVE_EVERY = 50
-_WARM_UP = 2
 _WEIGHTS = "weights.safetensors"
 _HEADS = ("patch_head.", "place_head.")
 
@@ -298,58 +295,18 @@ def is_ready(plan: Plan, name: str, seed: int) -> bool:
     return not source or is_done(plan, source, seed)
 
 
-def step_seconds(bench: Bench, names: Sequence[str], steps: int) -> dict[str, list[float]]:
-    """Times of training steps of the variants in turn, on the same batches."""
-    seed = bench.plan.seeds[0]
-    tasks = {name: bench.task(VARIANTS[name], bench.fresh(VARIANTS[name]), seed) for name in names}
-    updaters = {name: Updater(task, scratch_settings(task.recipe), Processes()) for name, task in tasks.items()}
-    batches = bench.task(VARIANTS["dense"], bench.base, seed)
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for step in range(_WARM_UP + steps):
-        batch = batches.batch(step)
-        for name in list(tasks)[:: 1 if step % 2 else -1]:
-            shown = [replace(batch, layout=tasks[name].layout)]
-            start = time.perf_counter()
-            clock = Clock(torch.device("cpu"))
-            updaters[name].apply(step, updaters[name].gather(step, shown, clock), shown, clock)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: times[_WARM_UP:] for name, times in seconds.items()}
-
-
-@torch.no_grad()
-def first_token_seconds(bench: Bench, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
-    """Times from pixels and ids to the logits of the first token, of the variants in turn."""
-    models = {name: bench.fresh(VARIANTS[name]).eval() for name in names}
-    pixels = torch.from_numpy(to_pixels(render(bench.assets, 0, "test").image, bench.base.config.vision))[None]
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(_WARM_UP + rounds):
-        for name in list(models)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            first_token(VARIANTS[name], models[name], pixels)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: times[_WARM_UP:] for name, times in seconds.items()}
-
-
-def first_token(variant: Variant, model: SkipVisionModel, pixels: Tensor) -> Tensor:
-    """Logits [1, vocab] behind one picture [1, 3, H, W] and the text rows."""
-    text = torch.zeros(1, TEXT_ROWS, dtype=torch.long)
-    if variant.blind:
-        batch = BatchLayout.of([TokenLayout((TEXT_ROWS,))], TEXT_ROWS)
-        return variant.prefill()(model, text, pixels.new_zeros(0, 1, model.config.text.hidden_size), batch, 64)[0]
-    selector = model.config.skip.selector if model.config.skip is not None else None
-    ranked_by = "cls_attention" if variant.ranked else selector if selector in RANKED else None
-    visual = model.visual_rows(*model.vision(pixels, ranked_by))
-    batch = BatchLayout.of([TokenLayout((model.span, TEXT_ROWS), visibility_of(model))], 1 + TEXT_ROWS)
-    ids = torch.cat([text[:, :1], text], 1)
-    return variant.prefill()(model, ids, visual, batch, batch.num_kept)[0]
-
-
 def measure(bench: Bench, names: Sequence[str], steps: int, rounds: int) -> None:
     """Adds times to the results."""
     found = surroundings(bench.plan.threads)
-    own = [name for name in names if not VARIANTS[name].weights_of]
-    found["step"] = {name: spread(times) for name, times in step_seconds(bench, own, steps).items()}
-    found["first_token"] = {name: spread(times) for name, times in first_token_seconds(bench, names, rounds).items()}
+    chosen = {name: VARIANTS[name] for name in names}
+    pixels = torch.from_numpy(to_pixels(render(bench.assets, 0, "test").image, bench.base.config.vision))[None]
+    models = {name: (variant, bench.fresh(variant).eval()) for name, variant in chosen.items()}
+    first = first_token_seconds(models, pixels, rounds)
+    trained = {name: variant for name, variant in chosen.items() if not variant.weights_of}
+    seed = bench.plan.seeds[0]
+    tasks = {name: bench.task(variant, bench.fresh(variant), seed) for name, variant in trained.items()}
+    found["step"] = {name: spread(times) for name, times in step_seconds(tasks, steps).items()}
+    found["first_token"] = {name: spread(times) for name, times in first.items()}
     with locked(bench.plan.runs / "results.lock"):
         replace_results(read_results(bench.plan) | {"times": found}, bench.plan.results)
     print(
