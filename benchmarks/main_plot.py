@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which colour-blind people tell apart; markers tell them apart in grey print.
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": "#000000", "marker": "o"},
     "skip": {"color": "#0072B2", "marker": "s"},
     "rival": {"color": "#D55E00", "marker": "^"},

@@ -56,8 +56,9 @@ from skipvision.training.feature_cache import (
     to_pixels,
 )
 from skipvision.training.loop import run
+from skipvision.training.recipes import read_scratch_recipe
 from skipvision.training.scratch import Batches, ScratchBatch, ScratchTask, scratch_settings, train
-from skipvision.training.scratch_recipe import ScratchRecipe, load_recipe
+from skipvision.training.scratch_recipe import ScratchRecipe
 
 _WAIT = 20.0
 """Seconds between looks at what another worker is at."""
@@ -352,7 +353,7 @@ def main() -> None:
     """Runs what is left, or measures."""
     options = parse()
     torch.set_num_threads(options.threads)
-    recipe = load_recipe(options.recipe)
+    recipe = read_scratch_recipe(options.recipe)
     recipe = replace(recipe, assets=options.assets, model=replace(recipe.model, skip=None))
     optim = replace(
         recipe.optim,

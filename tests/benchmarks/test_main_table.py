@@ -351,7 +351,8 @@ def plan(
     initialise(model)
     model.vision.load_state_dict(encoder.state_dict())
     folder = tmp_path / "runs" / "base"
-    save_checkpoint(model, folder / "checkpoint", tokenizer.to_str(), CHAT_TEMPLATE)
+    files = {"tokenizer.json": tokenizer.to_str(), "chat_template.jinja": CHAT_TEMPLATE}
+    save_checkpoint(model, folder / "checkpoint", files)
     module = ScratchModule(recipe, model, tokenizer)
     optimiser = torch.optim.AdamW(module.parameters())
     States(folder / "states", "base", 0, 1, Processes()).save(Progress(6), module, optimiser)
