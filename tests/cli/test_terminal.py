@@ -29,7 +29,7 @@ def spawn(
         env=environment(**changes or {}),
         dimensions=(30, width),
         encoding="utf-8",
-        timeout=60,
+        timeout=300,
     )
 
 
