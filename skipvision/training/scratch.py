@@ -50,7 +50,7 @@ from skipvision.training.loop import LoopSettings, run
 from skipvision.training.packing import PackedText, pack, packed_inputs
 from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.speaker import IGNORE
-from skipvision.training.task import Counts, MicroBatch, Objective
+from skipvision.training.task import Counts, MicroBatch, Objective, Validation
 from skipvision.vision import VisionEncoder
 
 _VALIDATION_SCENES = 192
@@ -434,16 +434,16 @@ class ScratchTask:
             schedule.step()
             report(StageEvent("aligning the projector", step + 1, optim.align_steps))
 
-    def validate(self) -> Mapping[str, float]:
+    def validate(self) -> Validation:
         """Accuracy on two questions of each validation picture."""
         cache = self.validation
         if cache is None:
-            return {}
+            return Validation()
         asked = [(index, question) for index in range(len(cache)) for question in cache.questions[index][0][:2]]
         generator = drawn_from(self.recipe.seed, self.step)
         with torch.autocast("cpu", enabled=False):
             answers = answer_all(self.model, self.tokenizer, cache, asked, blind=self.recipe.blind, generator=generator)
-        return accuracy(answers)
+        return Validation(accuracy(answers))
 
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """The heads of the auxiliary losses are thrown away."""
