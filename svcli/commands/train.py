@@ -110,7 +110,7 @@ def _watched(
         run(lambda _event: None)
         return
     facts = RunFacts()
-    with _told_how_to_go_on(facts), ExitStack() as stack:
+    with _told_how_to_go_on(facts, output), ExitStack() as stack:
         reports: list[Report] = [facts]
         if sys.stdout.isatty():
             from svcli.training.panel import Watch
@@ -143,7 +143,7 @@ def _tell(reports: Sequence[Report], event: Event) -> None:
 
 
 @contextmanager
-def _told_how_to_go_on(facts: RunFacts) -> Iterator[None]:
+def _told_how_to_go_on(facts: RunFacts, output: Path) -> Iterator[None]:
     """A sentence for whoever stops a run."""
     try:
         yield
@@ -152,6 +152,8 @@ def _told_how_to_go_on(facts: RunFacts) -> Iterator[None]:
             raise
         if facts.resumable_step:
             ui.note(f"stopped; the same command, without --fresh, goes on from step {facts.resumable_step:,}")
+        elif any(output.glob("states/step-*")):
+            ui.note("stopped; the same command, without --fresh, goes on from the last state that is there")
         else:
             ui.note("stopped before anything was saved; the same command begins anew")
         raise

@@ -51,7 +51,10 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("skipvision.training.scratch.train", run)
     done = CliRunner().invoke(app, ["train", str(RECIPE), "-o", str(tmp_path)])
     assert (done.exit_code, done.stdout) == (130, "")
-    assert "same command" in done.stderr
+    assert done.stderr == "Note: stopped before anything was saved; the same command begins anew\n"
+    (tmp_path / "states" / "step-000010").mkdir(parents=True)
+    done = CliRunner().invoke(app, ["train", str(RECIPE), "-o", str(tmp_path)])
+    assert "goes on from the last state that is there" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -428,6 +428,13 @@ def test_recipes_that_learn_otherwise_do_not_go_on_from_each_other(tmp_path: Pat
     tune(other, base_of(), tmp_path / "run", silent, fresh=True)
 
 
+def test_adapters_do_not_go_on_upon_another_base(tmp_path: Path) -> None:
+    recipe = recipe_for(write_set(tmp_path / "set"), what="lora", optim={"steps": 2})
+    tune(recipe, base_of(), tmp_path / "run", silent)
+    with pytest.raises(TrainError, match="belongs to another recipe, data or base; use another folder, or start anew"):
+        tune(recipe, replace(base_of(), identity="other weights"), tmp_path / "run", silent)
+
+
 @pytest.mark.parametrize(
     ("data", "words"), [({"max_broken": 9}, "no sample that can be shown"), ({"validation_samples": 5}, "none is left")]
 )
