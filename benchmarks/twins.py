@@ -25,9 +25,10 @@ from skipvision.checkpoint import load_checkpoint
 from skipvision.config import SkipConfig
 from skipvision.data import assets as data_assets
 from skipvision.training.evaluate import accuracy, answer_all
+from skipvision.training.events import Event, StepEvent, ValidationEvent
 from skipvision.training.feature_cache import FeatureCache, cache_key, encoded, scene_pictures
 from skipvision.training.recipes import read_scratch_recipe
-from skipvision.training.scratch import TrainEvent, train
+from skipvision.training.scratch import train
 from skipvision.training.scratch_recipe import ScratchRecipe
 
 RESULTS = Path(__file__).parent / "results" / "twins.json"
@@ -81,8 +82,8 @@ def main() -> None:
             continue
         started = time.monotonic()
 
-        def report(event: TrainEvent, name: str = name) -> None:
-            if event.accuracy is not None or event.done % 50 == 0:
+        def report(event: Event, name: str = name) -> None:
+            if isinstance(event, ValidationEvent) or (isinstance(event, StepEvent) and event.step % 50 == 0):
                 print(name, event, flush=True)
 
         checkpoint = train(twin, options.runs / f"{name}-{options.steps}", report, cache_root=options.cache)

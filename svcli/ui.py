@@ -21,14 +21,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 # Answers and file names may hold anything; none of it may steer the terminal.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _TABLE_STYLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "pad_edge": False}
 _UNBOUNDED = 10_000
 _PLAIN = str.maketrans({"→": "->", "·": "|", "…": "..."})
 
 
 def printable(text: str) -> str:
-    """The text with every control character but newline and tab made visible."""
+    """The text with every control character but newline and tab, and every half of a character, made visible."""
     return _CONTROL_CHARACTERS.sub("\ufffd", text)
 
 

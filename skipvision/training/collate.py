@@ -49,6 +49,8 @@ class Batch:
     """[B, L]: place in the row's own sample."""
     num_kept: int
     """The FFN takes `[:, :num_kept]`."""
+    is_causal: bool
+    """Each real row looks at all rows before it in memory order, as in a plain model: a mask would say nothing more."""
     counts: Counts
     names: tuple[str, ...]
     broken: tuple[Broken, ...] = ()
@@ -82,6 +84,8 @@ def collate(sequences: Sequence[Sequence[Sample]], config: ModelConfig, broken: 
         visible_until=torch.from_numpy(visible_until),
         positions=torch.from_numpy(positions),
         num_kept=batch.num_kept,
+        # Padding, which is last, then looks at real rows: what comes of that is read by nothing.
+        is_causal=batch.num_kept == batch.source.shape[1] and all(len(each) == 1 for each in starts),
         counts=Counts(
             samples=len(samples),
             rows=sum(sample.layout.length for sample in samples),

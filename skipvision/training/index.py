@@ -58,19 +58,9 @@ class Index:
         return len(self.rows)
 
     @cached_property
-    def good(self) -> Ints:
-        """Numbers of the samples that can be shown."""
-        return np.flatnonzero(self.rows)
-
-    @cached_property
     def starts(self) -> Ints:
         """[sources + 1] number of the first sample of each source, and N."""
         return np.cumsum([0, *self.sizes])
-
-    def place(self, number: int) -> tuple[int, int]:
-        """Source, and place in it, of a sample."""
-        source = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return source, number - int(self.starts[source])
 
     def save(self, path: Path, key: str) -> None:
         """Writes one file, atomically."""

@@ -155,7 +155,7 @@ class _Run:
     def _step(self, step: int, micro_batches: Sequence[MicroBatch], first: int) -> None:
         """One update, and what there is to say about it."""
         gathered = self.updater.gather(step, micro_batches, self.clock)
-        self._count_broken(gathered.broken)
+        self._count_broken(gathered.broken, step + 1)
         norm = self.updater.apply(step, gathered, micro_batches, self.clock)
         self.progress = replace(self.progress, step=step + 1)
         self.rows += gathered.counts.rows
@@ -180,13 +180,13 @@ class _Run:
             parts=gathered.parts,
         )
 
-    def _count_broken(self, broken: Sequence[Broken]) -> None:
-        """A sample counts once, however often it comes."""
+    def _count_broken(self, broken: Sequence[Broken], step: int) -> None:
+        """A sample counts once, however often it comes; `step` is the one that it belongs to."""
         names = list(self.progress.broken)
         for each in broken:
             if each.name not in names:
                 names.append(each.name)
-                self._tell(BrokenEvent(each, len(names)))
+                self._tell(BrokenEvent(each, len(names)), step)
         self.progress = replace(self.progress, broken=tuple(names))
         if len(names) > self.settings.max_broken:
             last = "; ".join(f"{each.name}: {each.reason}" for each in broken[-3:])
@@ -210,11 +210,14 @@ class _Run:
         """Whether it is the best so far."""
         self.task.module.eval()
         with torch.no_grad(), self.updater.autocast():
-            mine = dict(self.task.validate())
-        scores: dict[str, float] = self.processes.exchange(mine)[0]
+            found = self.task.validate()
+        step = self.progress.step
+        answers = self.processes.exchange([dict(found.scores), [asdict(each) for each in found.broken]])
+        self._count_broken([Broken(**each) for _, broken in answers for each in broken], step)
+        scores: dict[str, float] = answers[0][0]
         if not scores:
             return False
-        loss, step = scores.get("loss", math.nan), self.progress.step
+        loss = scores.get("loss", math.nan)
         best = math.isfinite(loss) and (self.progress.best_step == 0 or loss < self.progress.best_loss)
         if best:
             self.progress = replace(self.progress, best_step=step, best_loss=loss)
@@ -252,10 +255,9 @@ class _Run:
     def _spend(self, seconds: Seconds) -> None:
         self.spent.update(asdict(seconds))
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: Event, step: int | None = None) -> None:
         if self.processes.is_first:
-            # What is broken belongs to the step that is not yet done.
-            self.log.write(event, self.progress.step + isinstance(event, BrokenEvent))
+            self.log.write(event, self.progress.step if step is None else step)
             self._report(event)
 
 

@@ -8,11 +8,33 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from skipvision.training.events import BrokenEvent, DoneEvent, Event, StepEvent, ValidationEvent
+from skipvision.training.events import (
+    BrokenEvent,
+    DoneEvent,
+    Event,
+    SavedEvent,
+    StageEvent,
+    StepEvent,
+    ValidationEvent,
+)
 
-_NAMES = {StepEvent: "step", ValidationEvent: "validation", BrokenEvent: "broken", DoneEvent: "done"}
+_NAMES: Mapping[type, str] = {
+    StageEvent: "stage",
+    StepEvent: "step",
+    ValidationEvent: "validation",
+    BrokenEvent: "broken",
+    SavedEvent: "saved",
+    DoneEvent: "done",
+}
+_PASSING = (StageEvent, SavedEvent)
+"""What no log keeps."""
+
+
+def row(event: Event) -> dict[str, Any]:
+    """The event for programs: `event` names its kind; what is not finite is null."""
+    return {"event": _NAMES[type(event)], **{key: _plain(value) for key, value in asdict(event).items()}}
 
 
 class RunLog:
@@ -32,30 +54,33 @@ class RunLog:
 
     def write(self, event: Event, step: int) -> None:
         """A row, if it is of an event that has one; `step` is how many are done."""
-        name = _NAMES.get(type(event))
-        if name is not None:
+        if not isinstance(event, _PASSING):
+            told = row(event)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({"event": name, "step": step} | asdict(event)))
+                file.write(_line({"event": told["event"], "step": step} | told))
 
     def rows(self) -> list[dict[str, Any]]:
         """All that are whole: a kill may cut the last one."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return [row for row in map(_row, lines) if row is not None]
+        return [found for found in map(_found, lines) if found is not None]
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _found(line: str) -> dict[str, Any] | None:
     try:
-        return cast("dict[str, Any]", json.loads(line))
+        found = json.loads(line)
     except json.JSONDecodeError:
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), default=str) + "\n"
+    return json.dumps(row) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """JSON knows no NaN, and no paths."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -37,7 +36,7 @@ from skipvision.tokenizer import CHAT_TEMPLATE, encode_turn, train_tokenizer
 from skipvision.training.conversation import Broken
 from skipvision.training.errors import TrainError
 from skipvision.training.evaluate import accuracy, answer_all
-from skipvision.training.events import Event, StepEvent, ValidationEvent
+from skipvision.training.events import Report, StageEvent
 from skipvision.training.feature_cache import (
     FeatureCache,
     MakePicture,
@@ -51,7 +50,7 @@ from skipvision.training.loop import LoopSettings, run
 from skipvision.training.packing import PackedText, pack, packed_inputs
 from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.speaker import IGNORE
-from skipvision.training.task import Counts, MicroBatch, Objective
+from skipvision.training.task import Counts, MicroBatch, Objective, Validation
 from skipvision.vision import VisionEncoder
 
 _VALIDATION_SCENES = 192
@@ -61,24 +60,6 @@ _EMBEDDING_STD = 0.5
 question is learned many times slower."""
 _ALIGN_STREAM = 1
 """Keeps the random stream of alignment apart from that of training."""
-
-
-@dataclass(frozen=True)
-class TrainEvent:
-    """Progress, for whoever draws it."""
-
-    stage: str
-    """`encode`, `align`, `train` or `validate`."""
-    done: int
-    total: int
-    rate: float = 0.0
-    """Pictures per second of this stage."""
-    loss: float = math.nan
-    """Answer loss per token in nats, smoothed."""
-    accuracy: dict[str, float] | None = None
-
-
-Report = Callable[[TrainEvent], None]
 
 
 def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Path, fresh: bool = False) -> Path:
@@ -103,7 +84,7 @@ def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Pa
         task,
         scratch_settings(recipe),
         output,
-        _told(recipe, report),
+        report,
         fresh=fresh,
         begin=(lambda: task.align(training, report)) if recipe.optim.align_steps else None,
         facts={"encode_seconds": round(encode_seconds, 3)},
@@ -126,24 +107,6 @@ def scratch_settings(recipe: ScratchRecipe) -> LoopSettings:
         final="last",
         device="cpu",
     )
-
-
-def _told(recipe: ScratchRecipe, report: Report) -> Callable[[Event], None]:
-    """What the loop tells, in the words of `report`."""
-    smoothed, rate, steps, seconds = math.nan, 0.0, 0, 0.0
-
-    def tell(event: Event) -> None:
-        nonlocal smoothed, rate, steps, seconds
-        if isinstance(event, StepEvent):
-            smoothed = event.loss if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * event.loss
-            steps, seconds = steps + 1, seconds + event.seconds.total
-            rate = steps * recipe.optim.batch_size / seconds
-            report(TrainEvent("train", event.step, event.total, rate, smoothed))
-        elif isinstance(event, ValidationEvent):
-            scores = dict(event.scores)
-            report(TrainEvent("validate", event.step, recipe.optim.steps, rate, smoothed, scores))
-
-    return tell
 
 
 def initialise(model: SkipVisionModel) -> None:
@@ -173,12 +136,10 @@ def encode_data(
     """The encoded train and validation pictures of a recipe, made where they are missing."""
     data = recipe.data
     total = data.num_scenes + _VALIDATION_SCENES + data.easy_vqa
-    started, base, made = time.monotonic(), 0, 0
+    base = 0
 
-    def progress(done: int, new: int) -> None:
-        nonlocal made
-        made += new
-        report(TrainEvent("encode", base + done, total, rate=made / (time.monotonic() - started)))
+    def progress(done: int, _new: int) -> None:
+        report(StageEvent("encoding pictures", base + done, total))
 
     def scenes(split: Split, first: int, count: int, draws: int) -> Iterator[MakePicture]:
         return scene_pictures(assets, split, range(first, first + count), draws, data.questions_per_draw)
@@ -459,7 +420,7 @@ class ScratchTask:
         optimiser = torch.optim.AdamW(parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
         embedding = self.model.decoder.embed.weight.detach()
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, optim.learning_rate, optim.align_steps)
-        size, started = min(optim.align_batch_size, len(cache)), time.monotonic()
+        size = min(optim.align_batch_size, len(cache))
         for step in range(optim.align_steps):
             pictures = np.random.default_rng((self.recipe.seed, _ALIGN_STREAM, step)).choice(len(cache), size, False)
             data = cache.gather(pictures.tolist())
@@ -471,19 +432,18 @@ class ScratchTask:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             schedule.step()
-            rate = (step + 1) * size / (time.monotonic() - started)
-            report(TrainEvent("align", step + 1, optim.align_steps, rate, loss.item()))
+            report(StageEvent("aligning the projector", step + 1, optim.align_steps))
 
-    def validate(self) -> Mapping[str, float]:
+    def validate(self) -> Validation:
         """Accuracy on two questions of each validation picture."""
         cache = self.validation
         if cache is None:
-            return {}
+            return Validation()
         asked = [(index, question) for index in range(len(cache)) for question in cache.questions[index][0][:2]]
         generator = drawn_from(self.recipe.seed, self.step)
         with torch.autocast("cpu", enabled=False):
             answers = answer_all(self.model, self.tokenizer, cache, asked, blind=self.recipe.blind, generator=generator)
-        return accuracy(answers)
+        return Validation(accuracy(answers))
 
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """The heads of the auxiliary losses are thrown away."""

@@ -71,7 +71,7 @@ class States:
         """Removes what a killed write left; all states where `fresh`. Called once, by all processes."""
 
         def remove() -> None:
-            for each in self.folder.glob("*" if fresh else ".*") if self.processes.is_first else ():
+            for each in self.folder.glob("*step-*" if fresh else ".step-*") if self.processes.is_first else ():
                 shutil.rmtree(each)
 
         self._together(remove, "could not be cleared")

@@ -38,6 +38,17 @@ class Counts:
     visual_plain: int = 0
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What one process found."""
+
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """The same in all processes; by `loss`, where it is among them, the best is known. Empty where there is nothing to
+    validate on."""
+    broken: Sequence[Broken] = ()
+    """Samples that had to be left out."""
+
+
 class MicroBatch(Protocol):
     """What `Task.module` takes, on the CPU."""
 
@@ -68,9 +79,8 @@ class Task(Protocol):
     def batches(self, first_step: int, rank: int, world: int) -> Iterator[Sequence[MicroBatch]]:
         """Of each step from `first_step` on, this process's micro-batches; as many in all processes."""
 
-    def validate(self) -> Mapping[str, float]:
-        """Scores, called in all processes; by `loss`, where it is among them, the best is known. Empty where there is
-        nothing to validate on."""
+    def validate(self) -> Validation:
+        """Called in all processes."""
 
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Writes what `svcli export` takes, in the first process; `state` are whole tensors by the names of `module`'s

@@ -18,7 +18,7 @@ from skipvision.checkpoint import save_weights
 from skipvision.model import SkipVisionModel, attention_mask
 from skipvision.training.base import Base
 from skipvision.training.collate import Batch
-from skipvision.training.conversation import Source
+from skipvision.training.conversation import Broken, Source
 from skipvision.training.distributed import Processes, joined
 from skipvision.training.errors import TrainError
 from skipvision.training.events import Report, StageEvent
@@ -30,12 +30,12 @@ from skipvision.training.plan import Ints, MicroPlan, Plan, Samples, by_length, 
 from skipvision.training.reader import Reader
 from skipvision.training.sources import open_sources
 from skipvision.training.speaker import IGNORE
-from skipvision.training.task import MicroBatch, Objective
+from skipvision.training.task import MicroBatch, Objective, Validation
 from skipvision.training.tune_recipe import TuneRecipe
 
 _INDEX = "index.safetensors"
-_ASIDE = ("save", "log")
-"""Parts of a recipe that change nothing of what is learned."""
+_ASIDE = ("base", "save", "log", "checkpoint_activations", "data.num_workers", "data.max_broken")
+"""Parts of a recipe that change nothing of what is learned; which base it is, its weights say."""
 
 
 def tune(recipe: TuneRecipe, base: Base, output: Path, report: Report, *, fresh: bool = False) -> Path:
@@ -45,6 +45,8 @@ def tune(recipe: TuneRecipe, base: Base, output: Path, report: Report, *, fresh:
     and what reading raises.
     """
     with joined() as processes:
+        if processes.is_first and (fresh or not any(output.glob("states/step-*"))):
+            (output / _INDEX).unlink(missing_ok=True)  # pictures may have been mended since
         shown = look_at(recipe, base, output, report, processes)
         task = TuneTask(recipe, base, shown)
         optim, save = recipe.optim, recipe.save
@@ -110,8 +112,13 @@ def look_at(recipe: TuneRecipe, base: Base, output: Path, report: Report, proces
 
 
 def _identity(recipe: TuneRecipe, base: Base, shown: Shown) -> str:
-    settings = {name: value for name, value in asdict(recipe).items() if name not in _ASIDE}
-    said = [settings, base.identity, shown.key, base.model.config.to_json()]
+    settings = asdict(recipe)
+    for name in _ASIDE:
+        part, _, key = name.rpartition(".")
+        del (settings[part] if part else settings)[key]
+    # What a sample's pictures are is no part of the index's key, but decides which samples are shown when.
+    found = hashlib.sha256(shown.index.rows.tobytes()).hexdigest()
+    said = [settings, base.identity, shown.key, found, base.model.config.to_json()]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
@@ -134,7 +141,9 @@ class TuneModule(nn.Module):
         else:
             visual = self._nothing().expand(1, 1, model.config.text.hidden_size)
         hidden = model.embed(batch.input_ids.to(device), visual, batch.source.to(device))
-        mask = attention_mask(batch.order.to(device), batch.visible_until.to(device))
+        seen = batch.order, batch.visible_until
+        # Without a mask there are kernels that leave out half of the pairs.
+        mask = None if batch.is_causal else attention_mask(*(each.to(device) for each in seen))
         hidden = model.decoder(hidden, batch.positions.to(device), mask, batch.num_kept)
         labels = batch.labels.to(device)
         answers = labels != IGNORE
@@ -191,20 +200,22 @@ class TuneTask:
             known = ()
             yield step
 
-    def validate(self) -> Mapping[str, float]:
+    def validate(self) -> Validation:
         """Mean loss of the answers' tokens; processes share the samples."""
         if not len(self.validation):
-            return {}
+            return Validation()
         with joined() as processes:
             micros = by_length(self.validation, self._rows, self.recipe.optim.micro_batch_size)
             share = in_turn(micros, processes.rank, processes.world)
             loss = weight = 0.0
+            broken: list[Broken] = []
             for number, batch in enumerate(self.reader.batches(share, self.recipe.data.num_workers)):
                 torch.manual_seed(number * processes.world + processes.rank)  # of the random selector
                 objective: Objective = self.module(batch)
                 loss, weight = loss + objective.total.item(), weight + objective.weight
+                broken += batch.broken
             sums = np.array(processes.exchange([loss, weight])).sum(0)
-        return {"loss": float(sums[0] / sums[1])} if sums[1] else {}
+        return Validation({"loss": float(sums[0] / sums[1])} if sums[1] else {}, broken)
 
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """A plain model: adapters are merged into its weights, and also written beside it as they are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,6 @@ from svcli.training.facts import RunFacts, read_history
 
 if TYPE_CHECKING:
     from skipvision.training.events import Event, Report
-    from skipvision.training.scratch import TrainEvent
     from skipvision.training.scratch_recipe import ScratchRecipe
     from skipvision.training.tune_recipe import TuneRecipe
     from svcli.training.facts import History
@@ -84,13 +83,34 @@ def _tune(recipe: TuneRecipe, output: Path, *, fresh: bool) -> None:
     from svcli.training import loggers
 
     loggers.check(recipe.log)
-    is_first = _is_first_process()
-    folder = model_folder(recipe.base, is_quiet=not is_first)
-    if not is_first:
-        _run(recipe, folder, output, lambda _event: None, fresh=fresh)
+    folder = model_folder(recipe.base, is_quiet=not _is_first_process())
+
+    def run(report: Report) -> Path:
+        from skipvision.training.events import StageEvent
+        from skipvision.training.tune import tune
+        from svcli_export.tuning import read_base
+
+        base = read_base(folder, recipe, lambda what, share: report(StageEvent(what, share, 1.0)))
+        return tune(recipe, base, output, report, fresh=fresh)
+
+    _watched(run, output, lambda stack: loggers.open_loggers(recipe, output, fresh=fresh, stack=stack))
+
+
+def _train_scratch(recipe: ScratchRecipe, output: Path, cache: Path, *, fresh: bool) -> None:
+    from skipvision.training.scratch import train as run
+
+    _watched(lambda report: run(recipe, output, report, cache_root=cache, fresh=fresh), output)
+
+
+def _watched(
+    run: Callable[[Report], Path], output: Path, loggers: Callable[[ExitStack], list[Report]] = lambda _stack: []
+) -> None:
+    """Runs, and shows what it tells; of several processes, the first does."""
+    if not _is_first_process():
+        run(lambda _event: None)
         return
     facts = RunFacts()
-    with _told_how_to_go_on(facts), ExitStack() as stack:
+    with _told_how_to_go_on(facts, output), ExitStack() as stack:
         reports: list[Report] = [facts]
         if sys.stdout.isatty():
             from svcli.training.panel import Watch
@@ -100,8 +120,8 @@ def _tune(recipe: TuneRecipe, output: Path, *, fresh: bool) -> None:
             from svcli.training.lines import JsonLines
 
             reports.append(JsonLines())
-        reports += loggers.open_loggers(recipe, output, fresh=fresh, stack=stack)
-        checkpoint = _run(recipe, folder, output, lambda event: _tell(reports, event), fresh=fresh)
+        reports += loggers(stack)
+        checkpoint = run(lambda event: _tell(reports, event))
     history = read_history(output / "log.jsonl")
     if history.steps:
         _draw(output, history)
@@ -110,15 +130,6 @@ def _tune(recipe: TuneRecipe, output: Path, *, fresh: bool) -> None:
 
         show_summary(facts, history)
         ui.show(str(checkpoint))
-
-
-def _run(recipe: TuneRecipe, folder: Path, output: Path, report: Report, *, fresh: bool) -> Path:
-    from skipvision.training.events import StageEvent
-    from skipvision.training.tune import tune
-    from svcli_export.tuning import read_base
-
-    base = read_base(folder, recipe, lambda what, share: report(StageEvent(what, share, 1.0)))
-    return tune(recipe, base, output, report, fresh=fresh)
 
 
 def _is_first_process() -> bool:
@@ -132,7 +143,7 @@ def _tell(reports: Sequence[Report], event: Event) -> None:
 
 
 @contextmanager
-def _told_how_to_go_on(facts: RunFacts) -> Iterator[None]:
+def _told_how_to_go_on(facts: RunFacts, output: Path) -> Iterator[None]:
     """A sentence for whoever stops a run."""
     try:
         yield
@@ -141,6 +152,8 @@ def _told_how_to_go_on(facts: RunFacts) -> Iterator[None]:
             raise
         if facts.resumable_step:
             ui.note(f"stopped; the same command, without --fresh, goes on from step {facts.resumable_step:,}")
+        elif any(output.glob("states/step-*")):
+            ui.note("stopped; the same command, without --fresh, goes on from the last state that is there")
         else:
             ui.note("stopped before anything was saved; the same command begins anew")
         raise
@@ -153,28 +166,3 @@ def _draw(output: Path, history: History) -> None:
         draw_losses(output / "loss.png", history, output.resolve().name)
     except ModuleNotFoundError:
         ui.note('matplotlib is not installed, so there is no loss.png: pip install "svcli[plots]"')
-
-
-def _train_scratch(recipe: ScratchRecipe, output: Path, cache: Path, *, fresh: bool) -> None:
-    from skipvision.training.scratch import train as run
-
-    try:
-        with ui.Progress() as progress:
-            progress.update("preparing", 0, 1)
-            checkpoint = run(recipe, output, lambda event: _show(event, progress), cache_root=cache, fresh=fresh)
-    except KeyboardInterrupt:
-        ui.note("stopped; the same command, without --fresh, goes on from the last save")
-        raise
-    ui.show(str(checkpoint))
-
-
-def _show(event: TrainEvent, progress: ui.Progress) -> None:
-    if event.accuracy is not None:
-        shares = ", ".join(f"{task} {share:.1%}" for task, share in event.accuracy.items())
-        progress.log(f"step {event.done}: validation {shares}")
-        return
-    facts = [f"{event.rate:.0f} pictures/s"]
-    if event.stage != "encode":
-        facts.insert(0, f"loss {event.loss:.3f}")
-    what = {"encode": "encoding pictures", "align": "aligning the projector", "train": "training"}[event.stage]
-    progress.update(what, event.done, event.total, *facts)

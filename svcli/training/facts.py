@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from skipvision.training.events import (
     BrokenEvent,
@@ -19,14 +18,6 @@ from skipvision.training.events import (
 )
 from skipvision.training.run_log import RunLog
 
-_KINDS: dict[type, str] = {
-    StageEvent: "stage",
-    StepEvent: "step",
-    ValidationEvent: "validation",
-    BrokenEvent: "broken",
-    SavedEvent: "saved",
-    DoneEvent: "done",
-}
 _RECENT = 20
 """Steps that speeds are means of."""
 _SMOOTHING = 0.95
@@ -80,7 +71,8 @@ class RunFacts:
         self.step = event
         self.first_step = self.first_step or event.step
         last = self.smoothed
-        self.smoothed = event.loss if math.isnan(last) else _SMOOTHING * last + (1 - _SMOOTHING) * event.loss
+        if math.isfinite(event.loss):  # or else all samples of the step are broken
+            self.smoothed = event.loss if math.isnan(last) else _SMOOTHING * last + (1 - _SMOOTHING) * event.loss
         self.losses.append(self.smoothed)
         self.samples += event.samples
         self.tokens += tokens_of(event)
@@ -122,19 +114,6 @@ def time_split(seconds: Seconds) -> list[tuple[str, float, float]]:
     """Name, seconds and share of each part."""
     total = seconds.total or 1.0
     return [(each.name, getattr(seconds, each.name), getattr(seconds, each.name) / total) for each in _PARTS]
-
-
-def row(event: Event) -> dict[str, Any]:
-    """The event for programs: `event` names its kind; what is not finite is null."""
-    return {"event": _KINDS[type(event)], **{key: _plain(value) for key, value in asdict(event).items()}}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import json
 import sys
 
 from skipvision.training.events import Event, StageEvent
+from skipvision.training.run_log import row
 from svcli import ui
 from svcli.errors import silence_stdout
-from svcli.training.facts import row
 
 
 class JsonLines:

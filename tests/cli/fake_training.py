@@ -21,8 +21,8 @@ from skipvision.training.events import (
     StepEvent,
     ValidationEvent,
 )
+from skipvision.training.run_log import row
 from skipvision.training.tune_recipe import TuneRecipe
-from svcli.training.facts import row
 
 RECIPE = """\
 base = "BASE"

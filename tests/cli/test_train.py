@@ -1,32 +1,35 @@
-"""`svcli train` passes its options on and shows how far it is."""
+"""`svcli train` passes its options on and tells how far it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from skipvision.training.events import DoneEvent, Report, Seconds, StageEvent, ValidationEvent
 from skipvision.training.recipes import read_recipe
-from skipvision.training.scratch import TrainEvent
 from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.tune_recipe import TuneRecipe
 from svcli.app import app
+from tests.cli.fake_training import step_event
 
-Report = Callable[[TrainEvent], None]
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "skipvision-tiny.toml"
 
 
-def test_options_arrive_and_progress_is_written_in_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_options_arrive_and_a_run_from_nothing_tells_what_any_run_tells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen: list[object] = []
 
     def run(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Path, fresh: bool) -> Path:
         seen.extend([recipe.optim.steps, output, cache_root, fresh])
-        report(TrainEvent("encode", 10, 100, rate=25.0))
-        report(TrainEvent("train", 1, 4, rate=48.0, loss=2.5))
-        report(TrainEvent("validate", 4, 4, accuracy={"colour": 0.5, "all": 0.25}))
+        report(StageEvent("encoding pictures", 10, 100))
+        report(step_event(1))
+        report(ValidationEvent(1, {"colour": 0.5, "all": 0.25}, best=False))
+        report(DoneEvent(output / "checkpoint", 1, 2.5, 0, Seconds(), 1000, 0))
         return output / "checkpoint"
 
     monkeypatch.setattr("skipvision.training.scratch.train", run)
@@ -34,13 +37,11 @@ def test_options_arrive_and_progress_is_written_in_lines(monkeypatch: pytest.Mon
     done = CliRunner().invoke(app, ["train", str(RECIPE), *options])
     assert done.exit_code == 0, done.output
     assert seen[1:] == [tmp_path / "run", tmp_path / "cache", True]
-    assert done.stdout == f"{tmp_path / 'run' / 'checkpoint'}\n"
-    assert done.stderr.splitlines() == [
-        "preparing 0%",
-        "encoding pictures 10% 25 pictures/s",
-        "training 25% loss 2.500 48 pictures/s",
-        "step 4: validation colour 50.0%, all 25.0%",
-    ]
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["event"] for each in told] == ["step", "validation", "done"]
+    assert told[1]["scores"] == {"colour": 0.5, "all": 0.25}
+    assert told[-1]["checkpoint"] == str(tmp_path / "run" / "checkpoint")
+    assert done.stderr == ""
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -50,7 +51,10 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("skipvision.training.scratch.train", run)
     done = CliRunner().invoke(app, ["train", str(RECIPE), "-o", str(tmp_path)])
     assert (done.exit_code, done.stdout) == (130, "")
-    assert "same command" in done.stderr
+    assert done.stderr == "Note: stopped before anything was saved; the same command begins anew\n"
+    (tmp_path / "states" / "step-000010").mkdir(parents=True)
+    done = CliRunner().invoke(app, ["train", str(RECIPE), "-o", str(tmp_path)])
+    assert "goes on from the last state that is there" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from skipvision.training.events import Event, StageEvent, StepEvent
+from skipvision.training.run_log import row
 from svcli.app import app
-from svcli.training.facts import RunFacts, read_history, row
+from svcli.training.facts import RunFacts, read_history
 from svcli.training.panel import Watch, clock, sparkline
 from tests.cli.fake_training import RECIPE, FakeTraining, install, step_event
 from tests.cli.test_terminal import ESCAPE, finish, spawn
@@ -248,6 +249,13 @@ def test_facts_know_speed_by_rows_and_by_what_the_plain_model_would_have_read() 
     resumed = RunFacts()
     resumed(step_event(11))
     assert resumed.resumable_step == 10
+
+
+def test_a_step_without_a_loss_leaves_the_smoothed_one_as_it_was() -> None:
+    facts = RunFacts()
+    for loss in (3.0, math.nan, 2.0):
+        facts(step_event(1, loss=loss))
+    assert facts.losses == pytest.approx([3.0, 3.0, 0.95 * 3.0 + 0.05 * 2.0])
 
 
 def test_a_log_that_a_kill_has_cut_is_read_up_to_there(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_the_closing_line_breaks_between_parts_only(width: int) -> None:
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
-    assert ui.printable("a\x1b[31mb\n\tc\x07\x9b") == "a\ufffd[31mb\n\tc\ufffd\ufffd"
+    assert ui.printable("a\x1b[31mb\n\tc\x07\x9b\ud800") == "a\ufffd[31mb\n\tc\ufffd\ufffd\ufffd"
 
 
 def test_in_a_pipe_only_the_answer_is_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import ASSISTANT, END, USER, special_ids, train_tokenizer
 from skipvision.training.distributed import Processes
 from skipvision.training.errors import TrainError
+from skipvision.training.events import DoneEvent, Event, StageEvent, StepEvent, ValidationEvent
 from skipvision.training.feature_cache import FeatureCache
 from skipvision.training.scratch import (
     Batches,
@@ -31,7 +32,6 @@ from skipvision.training.scratch import (
     PlaceHead,
     ScratchBatch,
     ScratchTask,
-    TrainEvent,
     initialise,
     scratch_settings,
     train,
@@ -44,6 +44,9 @@ from skipvision.training.update import Clock, Updater
 pytestmark = pytest.mark.usefixtures("no_downloads")
 
 
+ALIGNING = "aligning the projector"
+
+
 class Killed(Exception):
     """What ends a run from outside."""
 
@@ -54,14 +57,14 @@ def run(
     *,
     cache_root: Path,
     kill_at: int | None = None,
-    kill_stage: str = "train",
+    kill_stage: str | None = None,
     fresh: bool = False,
-) -> list[TrainEvent]:
-    events: list[TrainEvent] = []
+) -> list[Event]:
+    events: list[Event] = []
 
-    def report(event: TrainEvent) -> None:
+    def report(event: Event) -> None:
         events.append(event)
-        if event.stage == kill_stage and event.done == kill_at:
+        if kill_at is not None and kill_at in done_of([event], kill_stage):
             raise Killed
 
     if kill_at is None:
@@ -70,6 +73,13 @@ def run(
         with pytest.raises(Killed):
             train(recipe, output, report, cache_root=cache_root, fresh=fresh)
     return events
+
+
+def done_of(events: Sequence[Event], stage: str | None = None) -> list[float]:
+    """How far each event of a stage has come, or of the steps where none is named."""
+    if stage is None:
+        return [event.step for event in events if isinstance(event, StepEvent)]
+    return [event.done for event in events if isinstance(event, StageEvent) and event.what == stage]
 
 
 def losses(output: Path) -> dict[int, tuple[float, float, float]]:
@@ -95,7 +105,7 @@ def test_a_killed_run_goes_on_exactly_as_if_it_had_not_been(
     run(recipe, killed, cache_root=cache_root, kill_at=kill_at)
     assert not (killed / "checkpoint").exists()
     events = run(recipe, killed, cache_root=cache_root)
-    first = next(event.done for event in events if event.stage == "train")
+    first = done_of(events)[0]
     assert first == (kill_at - 1) // 2 * 2 + 1
     assert losses(whole).keys() == set(range(1, 7))
     assert losses(killed) == losses(whole)
@@ -110,7 +120,7 @@ def test_a_finished_run_ends_at_once_and_writes_its_checkpoint_again(
     run(recipe, tmp_path, cache_root=cache_root)
     before = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
     events = run(recipe, tmp_path, cache_root=cache_root)
-    assert not [event for event in events if event.stage == "train"]
+    assert not done_of(events)
     assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == before
 
 
@@ -150,14 +160,14 @@ def test_the_loss_falls(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path)
 
 def test_progress_reports_every_stage(recipe: ScratchRecipe, tmp_path: Path) -> None:
     events = run(recipe, tmp_path / "run", cache_root=tmp_path / "cache")
-    assert {event.stage for event in events} == {"encode", "train", "validate"}
-    encoding = [event for event in events if event.stage == "encode"]
+    encoding = [event for event in events if isinstance(event, StageEvent)]
+    assert {event.what for event in encoding} == {"encoding pictures"}
     assert [event.done for event in encoding] == sorted(event.done for event in encoding)
     assert (encoding[-1].done, encoding[-1].total) == (10, 10)
-    assert [event.done for event in events if event.stage == "train"] == [1, 2, 3, 4, 5, 6]
-    scores = events[-1].accuracy
-    assert scores is not None
-    assert "all" in scores
+    assert done_of(events) == [1, 2, 3, 4, 5, 6]
+    (validation,) = (event for event in events if isinstance(event, ValidationEvent))
+    assert "all" in validation.scores
+    assert isinstance(events[-1], DoneEvent)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +195,7 @@ def test_fresh_starts_anew(recipe: ScratchRecipe, tmp_path: Path, cache_root: Pa
     run(recipe, tmp_path, cache_root=cache_root)
     first = losses(tmp_path)
     events = run(recipe, tmp_path, cache_root=cache_root, fresh=True)
-    assert [event.done for event in events if event.stage == "train"] == [1, 2, 3, 4, 5, 6]
+    assert done_of(events) == [1, 2, 3, 4, 5, 6]
     assert losses(tmp_path) == first
     run(replace(recipe, seed=6), tmp_path, cache_root=cache_root, fresh=True)
     assert losses(tmp_path) != first
@@ -231,7 +241,7 @@ def test_a_fresh_run_that_is_killed_early_does_not_go_on_from_the_run_before(
     run(recipe, tmp_path, cache_root=cache_root)
     run(recipe, tmp_path, cache_root=cache_root, kill_at=1, fresh=True)
     events = run(recipe, tmp_path, cache_root=cache_root)
-    assert next(event.done for event in events if event.stage == "train") == 1
+    assert done_of(events)[0] == 1
 
 
 @pytest.mark.parametrize("skip", [None, SkipConfig(6, 0), SkipConfig(6, 4, visibility="all")], ids=str)
@@ -544,10 +554,18 @@ def test_alignment_teaches_the_projector_alone(recipe: ScratchRecipe, features: 
     aligning = replace(recipe, optim=replace(recipe.optim, align_steps=30, align_batch_size=4))
     the_run = made_run(aligning, features)
     before = {name: tensor.clone() for name, tensor in the_run.model.state_dict().items()}
-    events: list[TrainEvent] = []
+    events: list[Event] = []
+    data = features.gather(range(len(features)))
+
+    def patch_loss() -> float:
+        tokens, embedding = the_run.model.projector(data["features"].float()), the_run.model.decoder.embed.weight
+        head = the_run.task.module.get_submodule("patch_head")
+        return float(head(tokens, data["labels"], data["colours"], embedding).detach())
+
+    first = patch_loss()
     the_run.task.align(features, events.append)
-    assert [event.done for event in events if event.stage == "align"] == list(range(1, 31))
-    assert events[-1].loss < 0.75 * events[0].loss
+    assert done_of(events, ALIGNING) == list(range(1, 31))
+    assert patch_loss() < 0.75 * first
     changed = {name for name, tensor in the_run.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.split(".")[0] for name in changed} == {"projector"}
 
@@ -555,10 +573,10 @@ def test_alignment_teaches_the_projector_alone(recipe: ScratchRecipe, features: 
 def test_alignment_is_done_once_and_anew_after_a_kill(recipe: ScratchRecipe, tmp_path: Path, cache_root: Path) -> None:
     aligning = replace(recipe, optim=replace(recipe.optim, align_steps=3, align_batch_size=4))
     run(aligning, tmp_path / "whole", cache_root=cache_root)
-    run(aligning, tmp_path / "killed", cache_root=cache_root, kill_at=2, kill_stage="align")
+    run(aligning, tmp_path / "killed", cache_root=cache_root, kill_at=2, kill_stage=ALIGNING)
     run(aligning, tmp_path / "killed", cache_root=cache_root, kill_at=1)
     events = run(aligning, tmp_path / "killed", cache_root=cache_root)
-    assert not [event for event in events if event.stage == "align"]
+    assert not done_of(events, ALIGNING)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 

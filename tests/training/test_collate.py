@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,38 @@ def _mask_by_rule(sequence: Sequence[Sample], batch: Batch, row: int) -> tuple[T
         for query in rows
     ]
     return torch.tensor(expected), is_real
+
+
+@pytest.mark.parametrize("skip", tiny.SKIPS.values(), ids=tiny.SKIPS.keys())
+def test_a_mask_is_left_out_where_it_would_say_no_more_than_causality(
+    monkeypatch: pytest.MonkeyPatch, skip: SkipConfig | None
+) -> None:
+    model = own(skip)
+    samples = samples_for(model, tiny.IMAGE)
+    text = samples[2]
+    assert text.name == "text-only"
+    is_plain = skip is None or skip.num_skipped == 0
+    masks: list[Tensor | None] = []
+    run = model.decoder.forward
+
+    def spied(hidden: Tensor, positions: Tensor, mask: Tensor | None, num_kept: int) -> Tensor:
+        masks.append(mask)
+        return run(hidden, positions, mask, num_kept)
+
+    monkeypatch.setattr(model.decoder, "forward", spied)
+    for sequences, is_causal in (
+        ([[each] for each in samples], is_plain),  # padded
+        ([[text], [text]], True),
+        ([[text, text]], False),
+        ([samples], False),
+        ([], True),
+    ):
+        batch = collate(sequences, model.config)
+        loss = TuneModule(model)(batch).total
+        assert (masks.pop() is None, batch.is_causal) == (is_causal, is_causal)
+        with_mask = TuneModule(model)(replace(batch, is_causal=False)).total
+        assert masks.pop() is not None
+        torch.testing.assert_close(loss, with_mask, rtol=1e-6, atol=1e-6)
 
 
 def test_counts_and_names() -> None:

@@ -179,9 +179,9 @@ def test_sources_stand_one_behind_the_other(tmp_path: Path) -> None:
     sources = open_sources([SourceRecipe(str(tmp_path / name)) for name in ("a.jsonl", "b.tar", "c.jsonl")])
     seen: list[tuple[int, int]] = []
     index = scan(sources, SPEAKER, PLAIN, 64, decode=True, report=lambda done, total: seen.append((done, total)))
-    assert (index.sizes, len(index), index.good.tolist()) == ((3, 2, 1), 6, [0, 2, 3])
+    assert (index.sizes, len(index), index.rows.nonzero()[0].tolist()) == ((3, 2, 1), 6, [0, 2, 3])
     assert index.rows.tolist() == [7, 0, 8, 10, 0, 0]
-    assert [index.place(number) for number in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
+    assert index.starts.tolist() == [0, 3, 5, 6]
     assert [each.name.rpartition("/")[2] for each in index.broken.values()] == [
         "a.jsonl line 2",
         "b.tar y",
@@ -246,7 +246,8 @@ def test_ten_thousand_rows_of_text_take_seconds(tmp_path: Path) -> None:
     source = lines(tmp_path, *[asked(f"What is {number}?", "a ball " * 20) for number in range(10_000)])
     began = time.process_time()
     index = scan([source], SPEAKER, PLAIN, 64, decode=False)
-    assert len(index.good) == 10_000
+    assert index.rows.all()
+    assert len(index) == 10_000
     assert time.process_time() - began < 10
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from skipvision.training.conversation import Broken
 from skipvision.training.distributed import Processes
 from skipvision.training.errors import TrainError
 from skipvision.training.events import BrokenEvent, DoneEvent, Event, SavedEvent, StepEvent, ValidationEvent
@@ -113,6 +114,18 @@ def test_the_log_is_what_was_told(tmp_path: Path) -> None:
     assert [event.count for event in events if isinstance(event, BrokenEvent)] == [1, 2]
     assert [row["best"] for row in rows(tmp_path, "validation")] == [True, True, False]
     assert rows(tmp_path, "done")[0]["broken"] == 2
+
+
+def test_samples_that_break_in_validation_count_and_are_named_once(tmp_path: Path) -> None:
+    broken = {"validation": [3.0, 2.0, 1.0, 1.0, 1.0], "broken_in_validation": [Broken("v", "cut")]}
+    with pytest.raises(TrainError, match=r"^1 samples are broken, .* the last: v: cut;"):
+        run_toy(tmp_path, toy_task("toy", **broken))
+    assert max(losses(tmp_path)) == 2
+    with pytest.raises(Killed):
+        run_toy(tmp_path, toy_task("toy", **broken), max_broken=1, kill_at=3)
+    run_toy(tmp_path, toy_task("toy", **broken), max_broken=1)
+    assert [(row["step"], row["count"]) for row in rows(tmp_path, "broken")] == [(2, 1)]
+    assert rows(tmp_path, "done")[0]["broken"] == 1
 
 
 def test_rows_of_steps_that_are_done_again_are_there_once(tmp_path: Path) -> None:

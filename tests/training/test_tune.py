@@ -282,6 +282,63 @@ def test_too_many_broken_samples_stop_the_run_before_it_starts(tmp_path: Path) -
     assert not any(isinstance(event, StepEvent) for event in events)
 
 
+def test_pictures_that_were_mended_are_looked_at_again(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", 4)
+    picture = tmp_path / "set" / "2.png"
+    data = picture.read_bytes()
+    picture.unlink()
+    with pytest.raises(TrainError, match="1 of 5 samples are broken"):
+        tune(recipe_for(path), base_of(), tmp_path / "run", silent)
+    picture.write_bytes(data)
+    tune(recipe_for(path), base_of(), tmp_path / "run", silent)
+    picture.unlink()
+    with pytest.raises(TrainError, match="1 of 5 samples are broken"):
+        tune(recipe_for(path), base_of(), tmp_path / "run", silent, fresh=True)
+
+
+def test_a_run_does_not_go_on_with_other_samples_than_it_had(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", 4)
+    recipe = recipe_for(path, data={"max_broken": 1}, optim={"steps": 2})
+    tune(recipe, base_of(), tmp_path / "run", silent)
+    (tmp_path / "set" / "2.png").unlink()
+    tune(recipe, base_of(), tmp_path / "run", silent)  # by its index
+    (tmp_path / "run" / "index.safetensors").unlink()
+    with pytest.raises(TrainError, match="another recipe, data or base"):
+        tune(recipe, base_of(), tmp_path / "run", silent)
+
+
+def test_validation_names_what_it_has_to_leave_out(tmp_path: Path) -> None:
+    path, other = write_set(tmp_path / "set", 4), write_set(tmp_path / "other", 4)
+    recipe = recipe_for(path, data={"validation": (SourceRecipe(str(other)),)})
+    task = task_of(recipe, tmp_path)
+    (tmp_path / "other" / "1.png").write_bytes(b"no picture")
+    with torch.no_grad():
+        found = task.validate()
+    assert [each.name for each in found.broken] == [f"{other} line 2"]
+    assert found.scores["loss"] > 0
+
+
+def test_what_changes_nothing_of_what_is_learned_may_change_on_the_way(tmp_path: Path) -> None:
+    path = write_set(tmp_path / "set", 4)
+    (tmp_path / "set" / "2.png").unlink()
+    recipe = recipe_for(path, data={"max_broken": 1}, optim={"steps": 4}, save=SaveRecipe(every=2))
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepEvent) and event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe, base_of(), tmp_path / "run", stop)
+    events: list[Event] = []
+    data = replace(recipe.data, max_broken=9)
+    other = replace(recipe, base="elsewhere", checkpoint_activations=True, save=SaveRecipe(every=1), data=data)
+    tune(other, base_of(), tmp_path / "run", events.append)
+    assert [event.step for event in events if isinstance(event, StepEvent)] == [3, 4]
+    tune(replace(recipe, save=SaveRecipe(every=9)), base_of(), tmp_path / "whole", silent)
+    weights, others = (load_file(tmp_path / run / "checkpoint/model.safetensors") for run in ("whole", "run"))
+    assert all(torch.equal(others[name], each) for name, each in weights.items())
+
+
 def test_what_is_held_out_is_validated_on_and_never_shown(tmp_path: Path) -> None:
     path = write_set(tmp_path / "set", 9)
     recipe = recipe_for(path, data={"validation_samples": 3}, optim={"epochs": 3.0})
@@ -303,7 +360,7 @@ def test_validation_is_the_mean_loss_of_all_answers(tmp_path: Path) -> None:
         open_sources(recipe.data.sources)[0][index].name for index in range(5)
     }
     with torch.no_grad():
-        scores = task.validate()
+        scores = task.validate().scores
         totals = []
         source = open_sources(recipe.data.validation)[0]
         for index in range(len(source)):
@@ -369,6 +426,13 @@ def test_recipes_that_learn_otherwise_do_not_go_on_from_each_other(tmp_path: Pat
     with pytest.raises(TrainError, match="another"):
         tune(other, base_of(), tmp_path / "run", silent)
     tune(other, base_of(), tmp_path / "run", silent, fresh=True)
+
+
+def test_adapters_do_not_go_on_upon_another_base(tmp_path: Path) -> None:
+    recipe = recipe_for(write_set(tmp_path / "set"), what="lora", optim={"steps": 2})
+    tune(recipe, base_of(), tmp_path / "run", silent)
+    with pytest.raises(TrainError, match="belongs to another recipe, data or base; use another folder, or start anew"):
+        tune(recipe, replace(base_of(), identity="other weights"), tmp_path / "run", silent)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from skipvision.model import SkipVisionModel
 from skipvision.training.conversation import Broken
 from skipvision.training.distributed import joined
 from skipvision.training.loop import LoopSettings, run
-from skipvision.training.task import Counts, Objective
+from skipvision.training.task import Counts, Objective, Validation
 
 VOCABULARY, LENGTH, BATCH, IMAGE = 11, 5, 8, 0
 
@@ -141,6 +141,7 @@ class ToyTask:
     """The loss of each validation, in turn."""
     broken_at: Mapping[int, Sequence[str]] = field(default_factory=dict)
     """Names of broken samples, by step."""
+    broken_in_validation: Sequence[Broken] = ()
     empty_at: Sequence[int] = ()
     nan_at: int = -1
 
@@ -172,11 +173,11 @@ class ToyTask:
                 self.module.get_parameter("layers.0.bias").fill_(torch.nan)
         return Sample(f"sample {step}.{number}", ids, picture)
 
-    def validate(self) -> Mapping[str, float]:
+    def validate(self) -> Validation:
         if not self.validation:
-            return {}
+            return Validation()
         self.asked = getattr(self, "asked", -1) + 1
-        return {"loss": self.validation[self.asked], "accuracy": 0.5}
+        return Validation({"loss": self.validation[self.asked], "accuracy": 0.5}, self.broken_in_validation)
 
     def write_checkpoint(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         folder.mkdir(exist_ok=True)
