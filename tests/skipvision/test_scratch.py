@@ -26,10 +26,9 @@ from skipvision.training.distributed import Processes
 from skipvision.training.errors import TrainError
 from skipvision.training.events import DoneEvent, Event, StageEvent, StepEvent, ValidationEvent
 from skipvision.training.feature_cache import FeatureCache
+from skipvision.training.heads import PatchHead, PlaceHead
 from skipvision.training.scratch import (
     Batches,
-    PatchHead,
-    PlaceHead,
     ScratchBatch,
     ScratchTask,
     initialise,
