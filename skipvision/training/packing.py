@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skipvision.layout import FOREVER, TokenLayout
+from skipvision.layout import TokenLayout
 from skipvision.model import attention_mask
 from skipvision.training.speaker import IGNORE
 
 
 @dataclass(frozen=True)
 class PackedText:
-    """The text rows of B sequences; padding is in block 0 and is never attended to."""
+    """The text rows of B sequences; padding is in block 0 and attended to by padding alone."""
 
     input_ids: Tensor
     """[B, T]."""
@@ -61,11 +61,10 @@ def packed_inputs(layout: TokenLayout, text: PackedText) -> tuple[Tensor, Tensor
     visual_source = torch.from_numpy(layout.source) - layout.num_ids + batch * width
     visual_source = visual_source + torch.arange(batch)[:, None] * num_visual
     source = join(visual_source, torch.arange(batch * width).view(batch, width))
-    padding = text.blocks == 0
-    positions = join(torch.from_numpy(layout.positions), layout.length + text.offsets.masked_fill(padding, width))
-    until = join(torch.from_numpy(layout.visible_until), torch.full_like(text.blocks, FOREVER).masked_fill(padding, -1))
-    blocks = join(torch.zeros(layout.length, dtype=torch.long), text.blocks)
-    same = (blocks[:, None] == 0) | (blocks[:, None] == blocks[:, :, None])
-    own = torch.eye(source.shape[1], dtype=torch.bool)  # a padding row sees itself, so that its softmax is finite
-    mask = (attention_mask(positions, until) & same[:, None]) | own
-    return source, positions, mask, kept + width
+    positions = join(torch.from_numpy(layout.positions), layout.length + text.offsets)
+    # No row is visible behind the end of its own block; padding, which is last, is a block too.
+    places = torch.arange(width).expand(batch, -1)
+    ends = torch.where(text.blocks[:, :, None] == text.blocks[:, None], places[:, None], 0).amax(-1)
+    order = join(torch.from_numpy(layout.positions), layout.length + places)
+    until = join(torch.from_numpy(layout.visible_until), layout.length + ends)
+    return source, positions, attention_mask(order, until), kept + width
