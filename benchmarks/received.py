@@ -17,7 +17,8 @@ from skipvision.data import easy_vqa
 from skipvision.data.assets import Assets
 from skipvision.data.scenes import render
 from skipvision.data.split import Split
-from skipvision.training.feature_cache import FeatureCache, compute_dtype, to_pixels
+from skipvision.training.feature_cache import FeatureCache, to_pixels
+from skipvision.training.precision import compute_dtype
 from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.vision import VisionEncoder
 

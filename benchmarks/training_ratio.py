@@ -36,7 +36,7 @@ from skipvision.cost import decoder_flops, head_flops, merge_flops
 from skipvision.layout import BatchLayout, ImageSpan, TokenLayout
 from skipvision.model import BatchTensors, SkipVisionModel, attention_mask
 from skipvision.presets import PRESETS, Setting
-from skipvision.training.feature_cache import compute_dtype
+from skipvision.training.precision import compute_dtype
 
 RESULT = RESULTS / "training_ratio.json"
 TRUE = TEXT["llama-3-8b"]

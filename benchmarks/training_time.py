@@ -32,7 +32,8 @@ from skipvision.layout import ImageSpan, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import train_tokenizer
 from skipvision.training.distributed import Processes
-from skipvision.training.feature_cache import FeatureCache, compute_dtype, encoded, scene_pictures
+from skipvision.training.feature_cache import FeatureCache, encoded, scene_pictures
+from skipvision.training.precision import compute_dtype
 from skipvision.training.recipes import read_scratch_recipe
 from skipvision.training.scratch import Batches, ScratchTask, initialise, scratch_settings
 from skipvision.training.scratch_recipe import ScratchRecipe

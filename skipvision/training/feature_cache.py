@@ -29,6 +29,7 @@ from skipvision.data.assets import Assets
 from skipvision.data.questions import Question, ask
 from skipvision.data.scenes import render
 from skipvision.data.split import Split
+from skipvision.training.precision import compute_dtype
 from skipvision.training.scratch_recipe import DataRecipe
 from skipvision.vision import VisionEncoder
 
@@ -113,13 +114,6 @@ class FeatureCache:
         """features [n, P, F] bf16, cls_attention [n, P], labels [n, P] and colours [n, P]."""
         found = [(self._shards[shard], row) for shard, row in (self._where[index] for index in indices)]
         return {name: torch.stack([tensors[name][row] for tensors, row in found]) for name in found[0][0]}
-
-
-def compute_dtype() -> torch.dtype:
-    """bf16 where this CPU multiplies it in hardware, else fp32."""
-    capabilities = torch.cpu.get_capabilities()
-    fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
 
 
 def cache_key(vision: VisionConfig, data: DataRecipe) -> str:

@@ -188,6 +188,7 @@ def scan_once(
     max_length: int,
     *,
     report: Scanned = lambda _done, _total: None,
+    workers: int = 0,
 ) -> Index:
     """The index in the file `path`, where it is of these sources, this model and this length; or else a scan, which is
     then written there. Pictures that come or go later do not count, so that a run goes on with the samples that it had.
@@ -195,7 +196,7 @@ def scan_once(
     key = index_key(sources, speaker, config, max_length)
     index = Index.load(path, key)
     if index is None:
-        index = scan(sources, speaker, config, max_length, decode=False, report=report)
+        index = scan(sources, speaker, config, max_length, decode=False, report=report, workers=workers)
         index.save(path, key)
     return index
 

@@ -33,6 +33,7 @@ from skipvision.model import SkipVisionModel
 from skipvision.projector import Projector
 from skipvision.tokenizer import CHAT_TEMPLATE, encode_turn, train_tokenizer
 from skipvision.training.conversation import Broken
+from skipvision.training.distributed import joined
 from skipvision.training.errors import TrainError
 from skipvision.training.evaluate import accuracy, answer_all
 from skipvision.training.events import Report, StageEvent
@@ -40,7 +41,6 @@ from skipvision.training.feature_cache import (
     FeatureCache,
     MakePicture,
     cache_key,
-    compute_dtype,
     easy_vqa_pictures,
     encoded,
     scene_pictures,
@@ -48,6 +48,7 @@ from skipvision.training.feature_cache import (
 from skipvision.training.heads import PatchHead, PlaceHead
 from skipvision.training.loop import LoopSettings, run
 from skipvision.training.packing import PackedText, pack, packed_inputs
+from skipvision.training.precision import compute_dtype
 from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.speaker import IGNORE
 from skipvision.training.task import Counts, MicroBatch, Objective, Validation
@@ -68,6 +69,8 @@ def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Pa
     A run that was stopped goes on from its last state, unless `fresh`. Encoded pictures are shared between runs under
     `cache_root`. Raises TrainError, DataError, ConfigError.
     """
+    with joined("cpu") as processes:
+        _check_alone(processes.world)
     torch.manual_seed(recipe.seed)
     output.mkdir(parents=True, exist_ok=True)
     assets = data_assets.load(Path(recipe.assets))
@@ -89,6 +92,13 @@ def train(recipe: ScratchRecipe, output: Path, report: Report, *, cache_root: Pa
         begin=(lambda: task.align(training, report)) if recipe.optim.align_steps else None,
         facts={"encode_seconds": round(encode_seconds, 3)},
     )
+
+
+def _check_alone(world: int) -> None:
+    """Raises TrainError for several processes: the losses of patches and places are means over all pictures of a step,
+    which no process sees alone."""
+    if world != 1:
+        raise TrainError("a recipe with [model] trains in one process: start it without torchrun")
 
 
 def scratch_settings(recipe: ScratchRecipe) -> LoopSettings:
@@ -316,11 +326,9 @@ class ScratchTask:
         decays = ((matrices, optim.weight_decay), (others, 0.0))
         return [{"params": each, "lr": optim.learning_rate, "weight_decay": decay} for each, decay in decays]
 
-    def batches(self, first_step: int, rank: int, world: int) -> Iterator[Sequence[MicroBatch]]:
-        """One a step. Raises TrainError where there are several processes: the losses of patches and places are means
-        over all pictures of a step."""
-        if (rank, world) != (0, 1):
-            raise TrainError("a recipe with [model] trains in one process: start it without torchrun")
+    def batches(self, first_step: int, rank: int, world: int) -> Iterator[Sequence[MicroBatch]]:  # noqa: ARG002
+        """One a step."""
+        _check_alone(world)
         for step in range(first_step, self.num_steps):
             self.step = step + 1
             yield [self.batch(step)]

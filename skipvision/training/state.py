@@ -176,7 +176,7 @@ class States:
         return info
 
     def _way_out(self, folder: Path) -> str:
-        earlier = [step for step in self.steps() if self.path(step).name < folder.name]
+        earlier = [step for step in self.steps() if step < int(folder.name.removeprefix("step-"))]
         before = f"remove {folder} to go on from step {earlier[-1]}, or " if earlier else ""
         return f"{before}start anew with --fresh"
 

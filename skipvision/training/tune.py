@@ -99,7 +99,7 @@ def look_at(recipe: TuneRecipe, base: Base, output: Path, report: Report, proces
             report(StageEvent("looking at samples", done, total))
 
     given = output / _INDEX, sources, base.speaker, config, data.max_length
-    index = scan_once(*given, report=scanned) if processes.is_first else None
+    index = scan_once(*given, report=scanned, workers=data.num_workers) if processes.is_first else None
     processes.wait()
     index = index or scan_once(*given, report=scanned)
     if len(index.broken) > data.max_broken:

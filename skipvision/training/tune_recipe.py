@@ -54,7 +54,7 @@ class TuneData:
     pack: bool = False
     """As many samples in one sequence as fit `max_length`; none sees another."""
     num_workers: int = 0
-    """Processes that read and decode pictures; 0 does so in between steps."""
+    """Processes that look at samples, and then read and decode pictures; 0: that of the steps does so in between."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "data.", validation_samples=0, max_broken=0, num_workers=0)

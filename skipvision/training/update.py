@@ -20,7 +20,7 @@ from skipvision.training.conversation import Broken
 from skipvision.training.distributed import Processes, local
 from skipvision.training.errors import TrainError
 from skipvision.training.events import Seconds
-from skipvision.training.feature_cache import compute_dtype
+from skipvision.training.precision import compute_dtype
 from skipvision.training.task import Counts, MicroBatch, Objective, Task
 
 if TYPE_CHECKING:

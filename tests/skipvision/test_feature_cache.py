@@ -21,10 +21,10 @@ from skipvision.training.feature_cache import (
     MakePicture,
     Picture,
     cache_key,
-    compute_dtype,
     encoded,
     to_pixels,
 )
+from skipvision.training.precision import compute_dtype
 from skipvision.training.scratch_recipe import DataRecipe
 from skipvision.vision import VisionEncoder, VisionOutput
 from tests.skipvision.tiny import tiny_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from skipvision.data.names import COLOUR_IDS, LABEL_IDS, LABELS
 from skipvision.data.questions import Question, vocabulary_text
 from skipvision.model import SkipVisionModel
 from skipvision.tokenizer import ASSISTANT, END, USER, special_ids, train_tokenizer
+from skipvision.training import scratch
 from skipvision.training.distributed import Processes
 from skipvision.training.errors import TrainError
 from skipvision.training.events import DoneEvent, Event, StageEvent, StepEvent, ValidationEvent
@@ -92,6 +94,15 @@ def losses(output: Path) -> dict[int, tuple[float, float, float]]:
 def cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shared: pictures are encoded once."""
     return tmp_path_factory.mktemp("cache")
+
+
+def test_several_processes_are_refused_before_anything_is_encoded(
+    recipe: ScratchRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "joined", lambda _device: nullcontext(Processes(0, 2)))
+    with pytest.raises(TrainError, match="start it without torchrun"):
+        train(recipe, tmp_path / "run", lambda event: pytest.fail(str(event)), cache_root=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 4, 6])
