@@ -198,13 +198,15 @@ def scan_once(
     max_length: int,
     *,
     report: Scanned = lambda _done, _total: None,
+    begins: bool = False,
 ) -> Index:
     """The index in the file `path`, where it is of these sources, this model and this length; or else a scan, which is
-    then written there. Pictures that come or go later do not count, so that a run goes on with the samples that it had.
+    then written there. Pictures that come or go later do not count, so that a run goes on with the samples that it had;
+    where it `begins`, one with broken samples is not taken, since they may have been mended.
     """
     key = index_key(sources, speaker, config, max_length)
     index = Index.load(path, key)
-    if index is None:
+    if index is None or (begins and index.broken):
         index = scan(sources, speaker, config, max_length, decode=False, report=report)
         index.save(path, key)
     return index

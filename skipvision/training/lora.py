@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from skipvision.checkpoint import save_tensors
-from skipvision.config import ConfigError
 from skipvision.decoder import Decoder
-from skipvision.training.base import Base
 from skipvision.training.tune_recipe import LoraRecipe
 
 if TYPE_CHECKING:
@@ -69,15 +67,6 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor], recipe: LoraRecipe,
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(adapter_state(state), folder / "adapter_model.safetensors", {"format": "pt", "base": identity})
     _peft_config(recipe, r"decoder\.").save_pretrained(str(folder))
-
-
-def check_base(identity: str, base: Base) -> None:
-    """Raises ConfigError where adapters that were trained on `identity` do not fit `base`."""
-    if identity != base.identity:
-        raise ConfigError(
-            "these adapters were trained on another base than the recipe's; name that one as base, or start anew with"
-            " --fresh"
-        )
 
 
 def _peft_config(recipe: LoraRecipe, prefix: str) -> LoraConfig:

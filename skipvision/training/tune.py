@@ -18,13 +18,13 @@ from skipvision.checkpoint import save_weights
 from skipvision.model import SkipVisionModel, attention_mask
 from skipvision.training.base import Base
 from skipvision.training.collate import Batch
-from skipvision.training.conversation import Source
+from skipvision.training.conversation import Source, broken_samples
 from skipvision.training.distributed import Processes, joined
 from skipvision.training.errors import TrainError
 from skipvision.training.events import Report, StageEvent
-from skipvision.training.index import Index, index_key, scan_once
+from skipvision.training.index import Index, scan_once
 from skipvision.training.learning import parameter_groups, recompute_layers, set_learning
-from skipvision.training.loop import LoopSettings, run
+from skipvision.training.loop import STATES, LoopSettings, run
 from skipvision.training.lora import merged_state, write_adapter
 from skipvision.training.plan import Ints, MicroPlan, Plan, Samples, by_length, in_turn
 from skipvision.training.reader import Reader
@@ -34,8 +34,8 @@ from skipvision.training.task import MicroBatch, Objective
 from skipvision.training.tune_recipe import TuneRecipe
 
 _INDEX = "index.safetensors"
-_ASIDE = ("save", "log")
-"""Parts of a recipe that change nothing of what is learned."""
+_ASIDE = {"save": (), "log": (), "data": ("max_broken", "num_workers")}
+"""Parts of a recipe that change nothing of what is learned: whole, or these keys."""
 
 
 def tune(recipe: TuneRecipe, base: Base, output: Path, report: Report, *, fresh: bool = False) -> Path:
@@ -45,6 +45,8 @@ def tune(recipe: TuneRecipe, base: Base, output: Path, report: Report, *, fresh:
     and what reading raises.
     """
     with joined() as processes:
+        if fresh and processes.is_first:
+            (output / _INDEX).unlink(missing_ok=True)
         shown = look_at(recipe, base, output, report, processes)
         task = TuneTask(recipe, base, shown)
         optim, save = recipe.optim, recipe.save
@@ -71,8 +73,6 @@ class Shown:
 
     sources: Sequence[Source]
     index: Index
-    key: str
-    """Of the index."""
     num_validation: int
     """Sources of validation."""
 
@@ -97,22 +97,30 @@ def look_at(recipe: TuneRecipe, base: Base, output: Path, report: Report, proces
             report(StageEvent("looking at samples", done, total))
 
     given = output / _INDEX, sources, base.speaker, config, data.max_length
-    index = scan_once(*given, report=scanned) if processes.is_first else None
+    begins = not any((output / STATES).glob("step-*"))
+    index = scan_once(*given, report=scanned, begins=begins) if processes.is_first else None
     processes.wait()
     index = index or scan_once(*given, report=scanned)
     if len(index.broken) > data.max_broken:
         first = next(iter(index.broken.values()))
         raise TrainError(
-            f"{len(index.broken)} of {len(index)} samples are broken, and data.max_broken allows {data.max_broken};"
+            f"{broken_samples(len(index.broken), len(index))}, and data.max_broken allows {data.max_broken};"
             f" the first: {first.name}: {first.reason}; `svcli data check` lists them all"
         )
-    return Shown(sources, index, index_key(sources, base.speaker, config, data.max_length), len(data.validation))
+    return Shown(sources, index, len(data.validation))
 
 
-def _identity(recipe: TuneRecipe, base: Base, shown: Shown) -> str:
-    settings = {name: value for name, value in asdict(recipe).items() if name not in _ASIDE}
-    said = [settings, base.identity, shown.key, base.model.config.to_json()]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def _identity(recipe: TuneRecipe, base: Base, shown: Shown) -> dict[str, str]:
+    settings = asdict(recipe)
+    for part, keys in _ASIDE.items():
+        settings[part] = {key: value for key, value in settings[part].items() if keys and key not in keys}
+    del settings["base"]  # wherever it lies
+    said = {
+        "recipe": settings,
+        "data set": [[source.fingerprint, len(source)] for source in shown.sources],
+        "base": [base.identity, base.model.config.to_json(), dict(sorted(base.speaker.files().items()))],
+    }
+    return {name: hashlib.sha256(json.dumps(each).encode()).hexdigest() for name, each in said.items()}
 
 
 class TuneModule(nn.Module):
