@@ -96,13 +96,22 @@ def read_config(directory: Path) -> ModelConfig:
     file = directory / "config.json"
     for name in (file.name, _WEIGHTS):
         if not (directory / name).exists():
-            raise CheckpointError(f"{directory}: {name} is missing")
+            raise CheckpointError(f"{directory}: {name} is missing{_instead(directory)}")
     try:
         return ModelConfig.from_json(file.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: unreadable ({error})") from None
+
+
+def _instead(directory: Path) -> str:
+    """What was meant, perhaps, by a folder that training wrote."""
+    if (directory / "log.jsonl").exists():
+        return f", since this is the folder of a run; name {directory / 'checkpoint'}, which a run writes at its end"
+    if (directory / "adapter_config.json").exists():
+        return ", since these are adapters alone; name the checkpoint into which they were merged"
+    return ""
 
 
 def first_misfit(error: RuntimeError) -> str:

@@ -49,7 +49,7 @@ _USERS_INPUT = frozenset(
         "UsageError",
     }
 )
-_LACKING = frozenset({"MachineError", "NoRoomError", "ProviderError"})
+_LACKING = frozenset({"MachineError", "NoMemoryError", "NoRoomError", "ProviderError"})
 _EXTRA_OF = {
     "datasets": "train",
     "huggingface_hub": "torch",

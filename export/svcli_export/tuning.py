@@ -61,7 +61,7 @@ def read_base(
     model = source.model if override == source.model.config.skip else source.model.with_skip(override)
     source.check(model.config)
     progress("copying weights", 0.5)
-    _own(model)
+    _own(folder, model)
     identity = _identity(folder, outline, lambda share: progress("hashing weights", 0.6 + 0.4 * share))
     return Base(model, _speaker(outline), identity)
 
@@ -103,9 +103,11 @@ def _explained() -> Iterator[None]:
         raise SourceError(str(error).replace(NAME_TOWER, _EXPORT_FIRST)) from None
 
 
-def _own(model: SkipVisionModel) -> None:
-    """Weights that are views of files become fp32 in memory, one at a time."""
-    for parameter in model.parameters():
+def _own(folder: Path, model: SkipVisionModel) -> None:
+    """Weights that are views of files become fp32 in memory, one at a time. Raises SourceError for NaN."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise SourceError(f"{folder}: {name} holds what is no finite number, so that nothing can be learned")
         parameter.data = parameter.data.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         parameter.requires_grad_()
 

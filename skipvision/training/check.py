@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision.config import ModelConfig
-from skipvision.training.conversation import Broken
-from skipvision.training.index import Index, Scanned, index_key, scan
+from skipvision.training.conversation import Broken, broken_samples
+from skipvision.training.index import Index, Scanned, scan
 from skipvision.training.plan import PlanError
 from skipvision.training.sources import open_sources
 from skipvision.training.speaker import Speaker
@@ -105,14 +105,13 @@ def check_data(
     index = scan(sources, speaker, config, data.max_length, decode=True, report=report, workers=workers)
     problem, steps = None, 0
     try:
-        key = index_key(sources, speaker, config, data.max_length)
-        plan, _ = plan_of(recipe, Shown(sources, index, key, len(data.validation)))
+        plan, _ = plan_of(recipe, Shown(sources, index, len(data.validation)))
         steps = plan.steps_of(0)
     except PlanError as error:
         problem = str(error)
     count, allowed = len(index.broken), data.max_broken
     if count > allowed:
-        problem = f"{count:,} of {len(index):,} samples are broken, and data.max_broken allows {allowed:,}"
+        problem = f"{broken_samples(count, len(index))}, and data.max_broken allows {allowed:,}"
     spans = zip(sources, index.starts.tolist(), index.starts[1:].tolist(), strict=False)
     return DataFacts(
         sources=tuple(SourceFacts.of(source.name, index, start, stop) for source, start, stop in spans),

@@ -30,6 +30,13 @@ class BrokenSampleError(ValueError):
         self.kind: Kind = kind
 
 
+def broken_samples(count: int, total: int | None = None) -> str:
+    """How a sentence begins that counts them."""
+    whole = count if total is None else total
+    of = "" if total is None else f" of {total:,}"
+    return f"{count:,}{of} {'sample' if whole == 1 else 'samples'} {'is' if count == 1 else 'are'} broken"
+
+
 class DataSetError(ValueError):
     """A whole set of conversations that cannot be read; one sentence that names it."""
 

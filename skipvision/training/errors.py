@@ -11,5 +11,13 @@ class StateError(TrainError):
     """A resumable state that cannot be read or written."""
 
 
+class NotFiniteError(TrainError):
+    """A loss or a gradient that is no finite number."""
+
+
+class NoMemoryError(TrainError):
+    """A batch that memory does not hold."""
+
+
 class NoRoomError(StateError):
     """A disk too full for a state."""

@@ -49,7 +49,9 @@ class JsonSource:
         return f"{self.name} {self._word} {self._numbers[index]}"
 
     def __getitem__(self, index: int) -> Conversation:
+        """Raises BrokenSampleError, and DataSetError where the file has changed: places in it mean nothing then."""
         start, end = int(self._starts[index]), int(self._ends[index])
+        check_unchanged(self.fingerprint, Path(self.name))
         if end - start > MAX_RECORD_BYTES:
             raise BrokenSampleError(f"larger than {MAX_RECORD_BYTES >> 20} MB", "unreadable")
         try:
@@ -82,6 +84,12 @@ def file_fingerprint(path: Path) -> str:
     if not stat.S_ISREG(found.st_mode):
         raise DataSetError(f"{path}: no file that can be read at any place")
     return f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+
+
+def check_unchanged(fingerprint: str, path: Path) -> None:
+    """Raises DataSetError where the file is another than it was."""
+    if file_fingerprint(path) != fingerprint:
+        raise DataSetError(f"{path}: has changed since it was opened; a run on what it holds now begins with --fresh")
 
 
 def _places(name: str, number: int, head: bytes) -> tuple[str, tuple[Ints, Ints, Ints]]:

@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 
-from skipvision.training.conversation import Broken
+from skipvision.training.conversation import Broken, broken_samples
 from skipvision.training.distributed import Processes, joined, shard, whole
-from skipvision.training.errors import StateError, TrainError
+from skipvision.training.errors import NotFiniteError, StateError, TrainError
 from skipvision.training.events import (
     BrokenEvent,
     DoneEvent,
@@ -39,6 +39,8 @@ from skipvision.training.task import MicroBatch, Task
 from skipvision.training.tune_recipe import Precision
 from skipvision.training.update import Clock, Gathered, Updater
 
+STATES = "states"
+"""Where they are, in the run's folder."""
 _LAST = 20
 """Steps whose mean loss is that of the run."""
 
@@ -48,8 +50,8 @@ class LoopSettings:
     """How a task is run."""
 
     seed: int
-    identity: str
-    """Of recipe, data and base: a state goes on with no other."""
+    identity: Mapping[str, str]
+    """Hashes of what is trained, by name, such as `recipe`: a state goes on with no others."""
     warmup_steps: int = 0
     warmup_share: float = 0.0
     """Of all steps, where `warmup_steps` is 0."""
@@ -100,7 +102,7 @@ class _Run:
         self.task, self.settings, self.output, self.processes = task, settings, output, processes
         self._report = report
         self.log = RunLog(output / "log.jsonl")
-        self.states = States(output / "states", settings.identity, settings.seed, settings.keep, processes)
+        self.states = States(output / STATES, settings.identity, settings.seed, settings.keep, processes)
         if task.num_steps < 1:
             raise TrainError("there is nothing to train on: not one step of one sample")
         if settings.shard and processes.world > 1:
@@ -120,11 +122,14 @@ class _Run:
         if first < total:
             self.clock.mark("other")
             batches = self.task.batches(first, self.processes.rank, self.processes.world)
-            for step, micro_batches in zip(range(first, total), batches, strict=False):
-                self.clock.mark("data")
-                self._step(step, micro_batches, first)
-                self._after_step()
-                self.clock.mark("other")
+            try:
+                for step, micro_batches in zip(range(first, total), batches, strict=False):
+                    self.clock.mark("data")
+                    self._step(step, micro_batches, first)
+                    self._after_step()
+                    self.clock.mark("other")
+            except NotFiniteError as error:  # in all processes
+                raise TrainError(f"{error}; {self._rescue()}") from None
         assert self.progress.step == total, "a task gave fewer batches than steps"
         chosen = self._choose()
         checkpoint = self._write_checkpoint()
@@ -191,7 +196,7 @@ class _Run:
         if len(names) > self.settings.max_broken:
             last = "; ".join(f"{each.name}: {each.reason}" for each in broken[-3:])
             raise TrainError(
-                f"{len(names)} samples are broken, and data.max_broken allows {self.settings.max_broken};"
+                f"{broken_samples(len(names))}, and data.max_broken allows {self.settings.max_broken};"
                 f" the last: {last}; `svcli data check` lists them all"
             )
 
@@ -234,6 +239,16 @@ class _Run:
         if best != step:
             self.states.load(best, self.task.module)
         return f"the checkpoint is of step {best}, the best by validation (loss {self.progress.best_loss:.4f})"
+
+    def _rescue(self) -> str:
+        """A checkpoint of the last state, or of the best one, since the same run would end at the same step again."""
+        steps, best = self.states.steps(), self.progress.best_step
+        if not steps:
+            return "no state was saved before it"
+        step = best if best in steps and self.settings.final == "best" else steps[-1]
+        self.states.load(step, self.task.module)
+        which = "the best" if step == best else "the last"
+        return f"{self._write_checkpoint()} is of step {step}, {which} that was saved"
 
     def _write_checkpoint(self) -> Path:
         folder = self.output / "checkpoint"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from skipvision.config import ModelConfig
 from skipvision.layout import Ints
 from skipvision.training.collate import Batch, collate
-from skipvision.training.conversation import Broken, BrokenSampleError, Source
+from skipvision.training.conversation import Broken, BrokenSampleError, DataSetError, Source
 from skipvision.training.plan import MicroPlan
 from skipvision.training.samples import Sample, read_sample
 from skipvision.training.speaker import Speaker
@@ -22,7 +22,7 @@ class ReadError(ValueError):
 
 
 @dataclass(frozen=True)
-class Reader(Dataset[Batch]):
+class Reader(Dataset["Batch | DataSetError"]):
     """Micro-batches by their plan. It can be pickled as its sources and its speaker can."""
 
     sources: Sequence[Source]
@@ -32,10 +32,13 @@ class Reader(Dataset[Batch]):
     config: ModelConfig
     max_length: int
 
-    def __getitem__(self, micro: MicroPlan) -> Batch:
-        """Broken samples are left out, and named."""
+    def __getitem__(self, micro: MicroPlan) -> Batch | DataSetError:
+        """Broken samples are left out, and named. An error is returned, since another process would dress it up."""
         broken: list[Broken] = []
-        sequences = [[*self._read(sequence, broken)] for sequence in micro]
+        try:
+            sequences = [[*self._read(sequence, broken)] for sequence in micro]
+        except DataSetError as error:
+            return error
         return collate(sequences, self.config, broken)
 
     def _read(self, sequence: Iterable[int], broken: list[Broken]) -> Iterator[Sample]:
@@ -50,7 +53,7 @@ class Reader(Dataset[Batch]):
     def batches(self, micros: Iterable[MicroPlan], num_workers: int) -> Iterator[Batch]:
         """In this order, read ahead by `num_workers` processes; 0 reads each when it is asked for.
 
-        Raises ReadError where such a process dies.
+        Raises ReadError where such a process dies, and DataSetError.
         """
         loader = DataLoader(
             self,
@@ -62,7 +65,10 @@ class Reader(Dataset[Batch]):
             generator=torch.Generator(),  # or else it draws from the one that dropout draws from
         )
         try:
-            yield from loader
+            for batch in loader:
+                if isinstance(batch, DataSetError):
+                    raise batch
+                yield batch
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skipvision.config import ConfigError, from_mapping, require
+from skipvision.presets import PRESETS as SETTINGS
 from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.tune_presets import TUNE_PRESETS
 from skipvision.training.tune_recipe import SourceRecipe, TuneRecipe
@@ -20,12 +22,15 @@ else:
     import tomli as tomllib
 
 
-def _first_line(preset: object) -> str:
+def _first_line(name: str, preset: object) -> str:
     text = (preset.func if isinstance(preset, partial) else preset).__doc__ or ""
-    return text.partition("\n")[0]
+    line, split = text.partition("\n")[0], SETTINGS.get(name)
+    if split is None:
+        return line
+    return f"{line[:-1]}; {split.num_retained} retained and {split.num_skipped} skipped of {split.num_tokens:,}."
 
 
-PRESETS: Mapping[str, str] = {name: _first_line(preset) for name, preset in TUNE_PRESETS.items()}
+PRESETS: Mapping[str, str] = {name: _first_line(name, preset) for name, preset in TUNE_PRESETS.items()}
 """What each one is, in a line."""
 
 _NEVER_BARE = frozenset("\"'[]{}=,#")
@@ -81,10 +86,16 @@ def _table_of(name: str) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        presets = "" if name.endswith(".toml") else f", and no preset; presets: {', '.join(TUNE_PRESETS)}"
+        close = difflib.get_close_matches(name, TUNE_PRESETS, 1)
+        meant = f"; did you mean {close[0]}?" if close else f"; presets: {', '.join(TUNE_PRESETS)}"
+        presets = "" if name.endswith(".toml") else f", and no preset{meant}"
         raise ConfigError(f"{name}: no such recipe{presets}") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{name}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name}: is no TOML, since it is no UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: is no TOML ({error})") from None
 
 
 def _kind(table: Mapping[str, Any], *, is_preset: bool) -> type[ScratchRecipe | TuneRecipe]:

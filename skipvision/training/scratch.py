@@ -106,7 +106,7 @@ def scratch_settings(recipe: ScratchRecipe) -> LoopSettings:
     optim = recipe.optim
     return LoopSettings(
         seed=recipe.seed,
-        identity=hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest(),
+        identity={"recipe": hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()},
         warmup_steps=optim.warmup_steps,
         min_learning_rate=optim.min_learning_rate,
         betas=(0.9, 0.98),

@@ -51,7 +51,7 @@ class _Info:
     """state.json."""
 
     format: int
-    identity: str
+    identity: dict[str, str]
     seed: int
     world: int
     torch: str
@@ -63,7 +63,7 @@ class _Info:
 class States:
     """The states of one run."""
 
-    def __init__(self, folder: Path, identity: str, seed: int, keep: int, processes: Processes) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, str], seed: int, keep: int, processes: Processes) -> None:
         self.folder, self.identity, self.seed, self.keep = folder, identity, seed, keep
         self.processes = processes
 
@@ -101,7 +101,7 @@ class States:
                 return
             info = _Info(
                 FORMAT,
-                self.identity,
+                dict(self.identity),
                 self.seed,
                 world,
                 torch.__version__,
@@ -163,11 +163,12 @@ class States:
         try:
             info = _Info(**found)
             Progress(**info.progress)
-        except TypeError:
+            others = [name for name, known in self.identity.items() if info.identity.get(name) != known]
+        except (TypeError, AttributeError):
             raise StateError(f"{folder / _INFO}: missing or unreadable; {way_out}") from None
-        if info.identity != self.identity:
+        if others:
             raise StateError(
-                f"{folder} belongs to another recipe, data or base; use another folder, or start anew with --fresh"
+                f"{folder} belongs to another {' and '.join(others)}; use another folder, or start anew with --fresh"
             )
         mine = list(info.files.items())[self.processes.rank :: self.processes.world]
         altered = [name for name, known in mine if not (folder / name).is_file() or _hash(folder / name) != known]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from skipvision.training.conversation import BrokenSampleError, Conversation, DataSetError, Picture
 from skipvision.training.formats import LAYOUTS, captioned, listed_pictures, read_record
-from skipvision.training.json_source import MAX_RECORD_BYTES, file_fingerprint, parse_record
+from skipvision.training.json_source import MAX_RECORD_BYTES, check_unchanged, file_fingerprint, parse_record
 from skipvision.training.picture_files import PicturePart
 
 _PICTURE = re.compile(r"(?:\d+\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm)")
@@ -32,6 +32,7 @@ class _Shard:
     """Where the members of one shard lie, those of a sample side by side."""
 
     path: str
+    fingerprint: str
     keys: list[str]
     bounds: npt.NDArray[np.int64]
     """[K + 1] the first member of each key, and the end."""
@@ -46,8 +47,8 @@ class TarSource:
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         """Raises DataSetError for a shard that is missing, compressed, cut off, or has members that are no files."""
         self.name = name
-        self.fingerprint = "\n".join(map(file_fingerprint, paths))
         self._shards = [_look_up(path) for path in paths]
+        self.fingerprint = "\n".join(shard.fingerprint for shard in self._shards)
         self._ends = np.cumsum([len(shard.keys) for shard in self._shards])
         if not len(self):
             raise DataSetError(f"{name}: holds no samples")
@@ -61,6 +62,7 @@ class TarSource:
 
     def __getitem__(self, index: int) -> Conversation:
         shard, place = self._find(index)
+        check_unchanged(shard.fingerprint, Path(shard.path))
         start, end = shard.bounds[place : place + 2]
         found: dict[str, PicturePart] = {}
         for offset, size, suffix in shard.members[start:end].tolist():
@@ -120,6 +122,7 @@ def _read(member: PicturePart) -> bytes:
 def _look_up(path: Path) -> _Shard:
     groups: dict[str, list[tuple[int, int, int]]] = {}
     suffixes: dict[str, int] = {}
+    fingerprint = file_fingerprint(path)
     try:
         with path.open("rb") as file:
             head = file.read(8)
@@ -137,6 +140,7 @@ def _look_up(path: Path) -> _Shard:
         raise DataSetError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return _Shard(
         str(path),
+        fingerprint,
         list(groups),
         np.cumsum([0, *map(len, groups.values())]),
         np.array([member for group in groups.values() for member in group], np.int64).reshape(-1, 3),

@@ -18,13 +18,13 @@ from skipvision.checkpoint import save_weights
 from skipvision.model import SkipVisionModel, attention_mask
 from skipvision.training.base import Base
 from skipvision.training.collate import Batch
-from skipvision.training.conversation import Broken, Source
+from skipvision.training.conversation import Broken, Source, broken_samples
 from skipvision.training.distributed import Processes, joined
 from skipvision.training.errors import TrainError
 from skipvision.training.events import Report, StageEvent
-from skipvision.training.index import Index, index_key, scan_once
+from skipvision.training.index import Index, scan_once
 from skipvision.training.learning import parameter_groups, recompute_layers, set_learning
-from skipvision.training.loop import LoopSettings, run
+from skipvision.training.loop import STATES, LoopSettings, run
 from skipvision.training.lora import merged_state, write_adapter
 from skipvision.training.plan import Ints, MicroPlan, Plan, Samples, by_length, in_turn
 from skipvision.training.reader import Reader
@@ -45,7 +45,7 @@ def tune(recipe: TuneRecipe, base: Base, output: Path, report: Report, *, fresh:
     and what reading raises.
     """
     with joined() as processes:
-        if processes.is_first and (fresh or not any(output.glob("states/step-*"))):
+        if processes.is_first and (fresh or not any((output / STATES).glob("step-*"))):
             (output / _INDEX).unlink(missing_ok=True)  # pictures may have been mended since
         shown = look_at(recipe, base, output, report, processes)
         task = TuneTask(recipe, base, shown)
@@ -73,8 +73,6 @@ class Shown:
 
     sources: Sequence[Source]
     index: Index
-    key: str
-    """Of the index."""
     num_validation: int
     """Sources of validation."""
 
@@ -105,21 +103,25 @@ def look_at(recipe: TuneRecipe, base: Base, output: Path, report: Report, proces
     if len(index.broken) > data.max_broken:
         first = next(iter(index.broken.values()))
         raise TrainError(
-            f"{len(index.broken)} of {len(index)} samples are broken, and data.max_broken allows {data.max_broken};"
+            f"{broken_samples(len(index.broken), len(index))}, and data.max_broken allows {data.max_broken};"
             f" the first: {first.name}: {first.reason}; `svcli data check` lists them all"
         )
-    return Shown(sources, index, index_key(sources, base.speaker, config, data.max_length), len(data.validation))
+    return Shown(sources, index, len(data.validation))
 
 
-def _identity(recipe: TuneRecipe, base: Base, shown: Shown) -> str:
+def _identity(recipe: TuneRecipe, base: Base, shown: Shown) -> dict[str, str]:
     settings = asdict(recipe)
     for name in _ASIDE:
         part, _, key = name.rpartition(".")
         del (settings[part] if part else settings)[key]
-    # What a sample's pictures are is no part of the index's key, but decides which samples are shown when.
-    found = hashlib.sha256(shown.index.rows.tobytes()).hexdigest()
-    said = [settings, base.identity, shown.key, found, base.model.config.to_json()]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    # What a sample's pictures are is in no fingerprint, but decides which samples are shown when.
+    rows = hashlib.sha256(shown.index.rows.tobytes()).hexdigest()
+    said = {
+        "recipe": settings,
+        "data set": [rows, *([source.fingerprint, len(source)] for source in shown.sources)],
+        "base": [base.identity, base.model.config.to_json(), dict(sorted(base.speaker.files().items()))],
+    }
+    return {name: hashlib.sha256(json.dumps(each).encode()).hexdigest() for name, each in said.items()}
 
 
 class TuneModule(nn.Module):

@@ -44,7 +44,7 @@ def llava_lora(base: str, sources: Sources) -> TuneRecipe:
 
 
 def skip_vision(base: str, sources: Sources, *, preset: str) -> TuneRecipe:
-    """Stage 2 of Skip-Vision: projector, summary and decoder, at a skip setting of the paper.
+    """Stage 2 of Skip-Vision: projector, summary and decoder.
 
     The authors' scripts: 1e-5, no weight decay, eight sequences on each of 8 GPUs, 2,048 rows. Of the runs on Vicuna
     the rate and the batch are not known; these are those of the others.

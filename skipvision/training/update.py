@@ -6,8 +6,8 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from skipvision.training.conversation import Broken
 from skipvision.training.distributed import Processes, local
-from skipvision.training.errors import TrainError
+from skipvision.training.errors import NoMemoryError, NotFiniteError
 from skipvision.training.events import Seconds
 from skipvision.training.precision import compute_dtype
 from skipvision.training.task import Counts, MicroBatch, Objective, Task
@@ -104,22 +104,23 @@ class Updater:
         return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def gather(self, step: int, micro_batches: Sequence[MicroBatch], clock: Clock) -> Gathered:
-        """Forward and backward. Raises TrainError where a loss is not finite."""
+        """Forward and backward. Raises NotFiniteError for a loss, NoMemoryError."""
         self.module.train()
         objectives = []
         for place, micro_batch in enumerate(micro_batches):
             is_last = place == len(micro_batches) - 1
             torch.manual_seed(_seed(self.settings.seed, step, micro_batch))
-            with self.autocast():
-                objective: Objective = self.module(micro_batch)
-            total = objective.total
-            if isinstance(self.module, FSDPModule):
-                self.module.set_requires_gradient_sync(is_last)
-                total = total + self._nothing() if is_last else total
-            clock.mark("forward")
-            if total.requires_grad:
-                total.backward()  # type: ignore[no-untyped-call]
-            clock.mark("backward")
+            with _within_memory(step, micro_batch):
+                with self.autocast():
+                    objective: Objective = self.module(micro_batch)
+                total = objective.total
+                if isinstance(self.module, FSDPModule):
+                    self.module.set_requires_gradient_sync(is_last)
+                    total = total + self._nothing() if is_last else total
+                clock.mark("forward")
+                if total.requires_grad:
+                    total.backward()  # type: ignore[no-untyped-call]
+                clock.mark("backward")
             objectives.append(objective)
         gathered = self._sums(step, micro_batches, objectives)
         clock.mark("optimiser")
@@ -146,11 +147,11 @@ class Updater:
             found |= {f"part {name}": value for name, value in parts.items()}
             found |= {f"count {name}": count for name, count in asdict(micro_batch.counts).items()}
             _add(sums, found)
-        broken = [(each.name, each.reason) for micro_batch in micro_batches for each in micro_batch.broken]
+        broken = [(each.name, each.reason, each.kind) for micro_batch in micro_batches for each in micro_batch.broken]
         answers = self.processes.exchange([sums, unfit, broken])
         unfit = [name for _, names, _ in answers for name in names]
         if unfit:
-            raise TrainError(
+            raise NotFiniteError(
                 f"step {step + 1}: the loss is not a finite number in a batch of {_listed(unfit)}; {_ADVICE}"
             )
         totals: defaultdict[str, float] = defaultdict(float)
@@ -166,7 +167,7 @@ class Updater:
         )
 
     def apply(self, step: int, gathered: Gathered, micro_batches: Sequence[MicroBatch], clock: Clock) -> float:
-        """The update; returns the norm of the gradient before clipping. Raises TrainError where it is not finite."""
+        """The update; returns the norm of the gradient before clipping. Raises NotFiniteError."""
         if gathered.weight == 0:
             self.optimiser.zero_grad(set_to_none=True)
             return 0.0
@@ -182,7 +183,9 @@ class Updater:
         if not math.isfinite(norm):
             everywhere = self.processes.exchange([name for each in micro_batches for name in each.names])
             names = [name for each in everywhere for name in each]
-            raise TrainError(f"step {step + 1}: the gradient is not finite in a batch of {_listed(names)}; {_ADVICE}")
+            raise NotFiniteError(
+                f"step {step + 1}: the gradient is not finite in a batch of {_listed(names)}; {_ADVICE}"
+            )
         scale = min(1.0, self.settings.max_grad_norm / (norm + 1e-6)) / gathered.weight
         for gradient in gradients:
             gradient.mul_(scale)
@@ -194,7 +197,22 @@ class Updater:
         return norm
 
 
-_ADVICE = "the weights are as they were before it: look at these samples, or lower the learning rate"
+_ADVICE = "look at these samples, or start anew with a lower learning rate"
+
+
+@contextmanager
+def _within_memory(step: int, micro_batch: MicroBatch) -> Iterator[None]:
+    """Says what to do where memory ends; on a CPU, where the system does not end the process instead."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        counts = micro_batch.counts
+        raise NoMemoryError(
+            f"step {step + 1}: memory does not hold {counts.samples} samples of {counts.rows:,} rows; lower"
+            " optim.micro_batch_size or data.max_length, or set checkpoint_activations = true"
+        ) from None
 
 
 def _add(sums: defaultdict[str, float], more: Mapping[str, float]) -> None:

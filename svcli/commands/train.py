@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,6 +56,7 @@ def train(
 
     Started again after a stop, it goes on where it was. In a pipe each event is one JSON object on stdout.
     """
+    from skipvision.training.alone import alone
     from skipvision.training.recipes import PRESETS, as_toml, read_recipe
     from skipvision.training.tune_recipe import TuneRecipe
 
@@ -73,10 +74,11 @@ def train(
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; name a folder for the run")
     output.mkdir(parents=True, exist_ok=True)
-    if isinstance(settings, TuneRecipe):
-        _tune(settings, output, fresh=fresh)
-    else:
-        _train_scratch(settings, output, cache, fresh=fresh)
+    with alone(output) if _is_first_process() else nullcontext():
+        if isinstance(settings, TuneRecipe):
+            _tune(settings, output, fresh=fresh)
+        else:
+            _train_scratch(settings, output, cache, fresh=fresh)
 
 
 def _tune(recipe: TuneRecipe, output: Path, *, fresh: bool) -> None:

@@ -355,7 +355,7 @@ def plan(
     save_checkpoint(model, folder / "checkpoint", files)
     module = ScratchModule(recipe, model, tokenizer)
     optimiser = torch.optim.AdamW(module.parameters())
-    States(folder / "states", "base", 0, 1, Processes()).save(Progress(6), module, optimiser)
+    States(folder / "states", {"recipe": "base"}, 0, 1, Processes()).save(Progress(6), module, optimiser)
     second = replace(recipe, assets=str(tmp_path), model=replace(recipe.model, skip=None))
     second = replace(second, optim=replace(recipe.optim, steps=2, warmup_steps=1, text_width=160), save_every=1)
     return Plan(second, (0, 1), tmp_path / "runs", tmp_path / "cache", tmp_path / "main_table.json", 1, 6)

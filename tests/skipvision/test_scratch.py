@@ -194,9 +194,7 @@ def test_another_recipe_is_refused_in_the_same_folder(
 ) -> None:
     run(recipe, tmp_path, cache_root=cache_root)
     before = saved(tmp_path).read_bytes()
-    with pytest.raises(
-        TrainError, match=r"belongs to another recipe, data or base; use another folder, or .* --fresh$"
-    ):
+    with pytest.raises(TrainError, match=r"belongs to another recipe; use another folder, or .* --fresh$"):
         run(change(recipe), tmp_path, cache_root=cache_root)
     assert saved(tmp_path).read_bytes() == before
 
@@ -321,7 +319,7 @@ def test_a_killed_run_goes_on_exactly_where_some_batches_know_no_patches(
     whole, resumed = made_run(slow, features), made_run(slow, features)
     step(0, whole)
     step(1, whole)
-    states = States(tmp_path, "this", 0, 1, Processes())
+    states = States(tmp_path, {"recipe": "this"}, 0, 1, Processes())
     states.save(Progress(2), whole.task.module, whole.updater.optimiser)
     states.load(2, resumed.task.module, resumed.updater.optimiser)
     for the_run in (whole, resumed):

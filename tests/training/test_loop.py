@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from skipvision.training.conversation import Broken
 from skipvision.training.distributed import Processes
@@ -159,7 +160,7 @@ def test_fresh_starts_anew(tmp_path: Path) -> None:
     events = run_toy(tmp_path, fresh=True)
     assert [event.step for event in events if isinstance(event, StepEvent)] == [1, 2, 3, 4, 5, 6]
     assert losses(tmp_path) == first
-    run_toy(tmp_path, fresh=True, identity="another", seed=4)
+    run_toy(tmp_path, fresh=True, identity={"recipe": "another"}, seed=4)
     assert losses(tmp_path) != first
 
 
@@ -228,10 +229,17 @@ def test_no_validation_is_no_event(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     task = toy_task("toy", accumulate=4, nan_at=3)
     with pytest.raises(
-        TrainError, match=r"^step 4: the loss is not a finite number in a batch of sample 3\.0, sample 3\.1"
+        TrainError,
+        match=r"^step 4: the loss is not a finite number in a batch of sample 3\.0, sample 3\.1.*"
+        r"checkpoint is of step 2, the last that was saved$",
     ):
         run_toy(tmp_path, task)
     assert max(losses(tmp_path)) == 3
+    state = load_file(tmp_path / "states" / "step-000002" / "shard-00001-of-00001.safetensors")
+    written = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    learned = {name.removeprefix("weight."): each for name, each in state.items() if name.startswith("weight.")}
+    assert learned
+    assert all(torch.equal(written[name], each) for name, each in learned.items())
     run_toy(tmp_path, toy_task("toy", accumulate=4))
     run_toy(tmp_path / "whole", toy_task("toy", accumulate=4))
     assert losses(tmp_path) == losses(tmp_path / "whole")
@@ -241,7 +249,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
     task = toy_task("toy", num_steps=2)
     task.module.get_parameter("layers.0.bias").register_hook(lambda gradient: gradient * torch.inf)  # type: ignore[no-untyped-call]
     before = {name: each.clone() for name, each in task.module.state_dict().items()}
-    with pytest.raises(TrainError, match=r"^step 1: the gradient is not finite in a batch of sample 0\.0, .*; the"):
+    with pytest.raises(
+        TrainError, match=r"^step 1: the gradient is not finite in a batch of sample 0\.0, .*; no state"
+    ):
         run_toy(tmp_path, task)
     assert all(torch.equal(each, before[name]) for name, each in task.module.state_dict().items())
 
@@ -285,7 +295,7 @@ def test_what_is_frozen_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("warm_up", [{"warmup_steps": 10}, {"warmup_share": 0.1}], ids=str)
 def test_rates_warm_up_and_fall_to_the_minimum(warm_up: dict[str, float]) -> None:
     task = toy_task("toy", num_steps=100, learning_rate=0.01)
-    settings = LoopSettings(seed=0, identity="", min_learning_rate=1e-4, **warm_up)  # type: ignore[arg-type]
+    settings = LoopSettings(seed=0, identity={}, min_learning_rate=1e-4, **warm_up)  # type: ignore[arg-type]
     updater = Updater(task, settings, Processes())
     assert updater.peaks == [0.01, 0.005]
     rates = [updater.learning_rate(step, 0.01) for step in range(100)]

@@ -64,7 +64,7 @@ def test_weights_and_moments_come_back_to_the_bit(tmp_path: Path) -> None:
     for micros in one.batches(0, 0, 1):
         one.module(micros[0]).total.backward()
         optimisers[0].step()
-    states = States(tmp_path / "states", "toy", 0, 1, Processes())
+    states = States(tmp_path / "states", {"recipe": "toy"}, 0, 1, Processes())
     states.save(Progress(5, 2, 0.1 + 0.2, ("a", "b")), one.module, optimisers[0])
     assert states.load(5, other.module, optimisers[1]) == Progress(5, 2, 0.1 + 0.2, ("a", "b"))
     pairs = list(zip(one.module.named_parameters(), other.module.parameters(), strict=True))
@@ -124,10 +124,8 @@ def test_a_state_of_another_format_is_refused(stopped: Path) -> None:
 
 def test_a_state_of_something_else_is_refused(stopped: Path) -> None:
     before = (stopped / "states" / "step-000004" / SHARD).read_bytes()
-    with pytest.raises(
-        StateError, match=r"belongs to another recipe, data or base; use another folder, or .* --fresh$"
-    ):
-        run_toy(stopped, identity="another")
+    with pytest.raises(StateError, match=r"belongs to another recipe; use another folder, or .* --fresh$"):
+        run_toy(stopped, identity={"recipe": "another"})
     assert (stopped / "states" / "step-000004" / SHARD).read_bytes() == before
 
 

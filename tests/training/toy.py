@@ -190,7 +190,8 @@ def toy_task(kind: str, **settings: object) -> ToyTask:
 
 
 def toy_settings(**settings: object) -> LoopSettings:
-    given: dict[str, object] = {"seed": 3, "identity": "toy", "save_every": 2, "precision": "fp32", "device": "cpu"}
+    given: dict[str, object] = {"seed": 3, "identity": {"recipe": "toy"}, "save_every": 2}
+    given |= {"precision": "fp32", "device": "cpu"}
     return LoopSettings(**(given | settings))  # type: ignore[arg-type]
 
 
