@@ -287,12 +287,12 @@ def test_pictures_that_were_mended_are_looked_at_again(tmp_path: Path) -> None:
     picture = tmp_path / "set" / "2.png"
     data = picture.read_bytes()
     picture.unlink()
-    with pytest.raises(TrainError, match="1 of 5 samples are broken"):
+    with pytest.raises(TrainError, match="1 of 5 samples is broken"):
         tune(recipe_for(path), base_of(), tmp_path / "run", silent)
     picture.write_bytes(data)
     tune(recipe_for(path), base_of(), tmp_path / "run", silent)
     picture.unlink()
-    with pytest.raises(TrainError, match="1 of 5 samples are broken"):
+    with pytest.raises(TrainError, match="1 of 5 samples is broken"):
         tune(recipe_for(path), base_of(), tmp_path / "run", silent, fresh=True)
 
 
