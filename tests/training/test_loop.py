@@ -119,7 +119,7 @@ def test_the_log_is_what_was_told(tmp_path: Path) -> None:
 
 def test_samples_that_break_in_validation_count_and_are_named_once(tmp_path: Path) -> None:
     broken = {"validation": [3.0, 2.0, 1.0, 1.0, 1.0], "broken_in_validation": [Broken("v", "cut")]}
-    with pytest.raises(TrainError, match=r"^1 samples are broken, .* the last: v: cut;"):
+    with pytest.raises(TrainError, match=r"^1 sample is broken, .* the last: v: cut;"):
         run_toy(tmp_path, toy_task("toy", **broken))
     assert max(losses(tmp_path)) == 2
     with pytest.raises(Killed):

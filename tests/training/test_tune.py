@@ -303,7 +303,7 @@ def test_a_run_does_not_go_on_with_other_samples_than_it_had(tmp_path: Path) -> 
     (tmp_path / "set" / "2.png").unlink()
     tune(recipe, base_of(), tmp_path / "run", silent)  # by its index
     (tmp_path / "run" / "index.safetensors").unlink()
-    with pytest.raises(TrainError, match="another recipe, data or base"):
+    with pytest.raises(TrainError, match="belongs to another data set;"):
         tune(recipe, base_of(), tmp_path / "run", silent)
 
 
@@ -431,7 +431,7 @@ def test_recipes_that_learn_otherwise_do_not_go_on_from_each_other(tmp_path: Pat
 def test_adapters_do_not_go_on_upon_another_base(tmp_path: Path) -> None:
     recipe = recipe_for(write_set(tmp_path / "set"), what="lora", optim={"steps": 2})
     tune(recipe, base_of(), tmp_path / "run", silent)
-    with pytest.raises(TrainError, match="belongs to another recipe, data or base; use another folder, or start anew"):
+    with pytest.raises(TrainError, match="belongs to another base; use another folder, or start anew"):
         tune(recipe, replace(base_of(), identity="other weights"), tmp_path / "run", silent)
 
 
