@@ -87,8 +87,8 @@ def _table_of(name: str) -> dict[str, Any]:
         return tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         close = difflib.get_close_matches(name, TUNE_PRESETS, 1)
-        meant = f"; did you mean {close[0]}?" if close else f"; presets: {', '.join(TUNE_PRESETS)}"
-        presets = "" if name.endswith(".toml") else f", and no preset{meant}"
+        meant = f"; did you mean {close[0]}?" if close else ""
+        presets = "" if name.endswith(".toml") else f", and no preset; presets: {', '.join(TUNE_PRESETS)}{meant}"
         raise ConfigError(f"{name}: no such recipe{presets}") from None
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
