@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_fp32_comes_back_bit_by_bit(tmp_path: Path, skip: str, tied: bool, clip:
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], torch.zeros_like(tensor) if name in unread else tensor, rtol=0, atol=0)
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    original = copy.deepcopy(original)  # kernels round otherwise on weights as they lie in a file, without alignment
     with torch.no_grad():
         torch.testing.assert_close(restored.encode_images(pixels), original.encode_images(pixels), rtol=0, atol=0)
 
