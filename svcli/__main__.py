@@ -15,6 +15,18 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command line, and leave quietly when interrupted, even while modules are still being imported."""
     try:
+        _main()
+    except SystemExit as end:
+        if "WORLD_SIZE" in os.environ:
+            from skipvision.training.ending import end_at_once, is_one_of_several
+
+            if is_one_of_several():
+                end_at_once(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _main() -> None:
+    try:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _leave)
         # A stream that was closed before the start is None, which nobody expects.

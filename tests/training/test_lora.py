@@ -149,6 +149,7 @@ import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from skipvision.checkpoint import save_tensors
+from skipvision.training.ending import end_at_once
 from skipvision.training.lora import add_adapters, merged_state
 from tests.training.test_lora import RECIPE, Path, few_steps, replace, tiny_model
 dist.init_process_group("gloo")
@@ -165,6 +166,7 @@ whole = {name: each.full_tensor() if hasattr(each, "full_tensor") else each for 
 if dist.get_rank() == 0:
     save_tensors(merged_state(whole, recipe), Path(sys.argv[1]))
 dist.destroy_process_group()
+end_at_once(0)
 """
 
 

@@ -207,12 +207,14 @@ LOSSES = """
 import sys, json
 from pathlib import Path
 from tests.training.test_tune import base_of, recipe_for, silent
+from skipvision.training.ending import end_at_once
 from skipvision.training.tune import tune
 from skipvision.training.tune_recipe import SaveRecipe
 if __name__ == "__main__":
     data = {"validation_samples": 3}
     recipe = recipe_for(Path(sys.argv[1]), data=data, optim={"epochs": 2.0}, save=SaveRecipe(every=3), what=sys.argv[3])
     tune(recipe, base_of(), Path(sys.argv[2]), silent)
+    end_at_once(0)
 """
 
 

@@ -23,6 +23,7 @@ from skipvision.layout import BatchLayout, TokenLayout
 from skipvision.model import SkipVisionModel
 from skipvision.training.conversation import Broken
 from skipvision.training.distributed import joined
+from skipvision.training.ending import end_at_once, is_one_of_several
 from skipvision.training.loop import LoopSettings, run
 from skipvision.training.task import Counts, Objective, Validation
 
@@ -226,4 +227,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if is_one_of_several():
+            end_at_once(int(end.code or 0))
+        raise
+    if is_one_of_several():
+        end_at_once(0)
