@@ -16,7 +16,7 @@ def end_at_once(code: int) -> NoReturn:
     """Ends this process with `code`, without the interpreter's own end.
 
     In that, PyTorch 2.13 (gloo) aborts now and then, "terminate called without an active exception", after all is done
-    and written: once in 16 runs on a busy machine. torchrun takes it for a failed run.
+    and written. torchrun takes it for a failed run.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
