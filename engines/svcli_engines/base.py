@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from skipvision.layout import TokenLayout
+from skipvision.layout import Ints, TokenLayout
 from skipvision.tiles import Cut
 
 Pixels = npt.NDArray[np.float32]
-Visual = npt.NDArray[Any]
 Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """What the decoder is shown of one or more pictures."""
+
+    rows: npt.NDArray[Any]
+    """[I, V, D], in attention order; where views are joined [1, V, D]."""
+    retained: Ints | None = None
+    """[I, R] which tokens were retained, in raster order; None where nothing was selected or the engine cannot tell."""
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.rows.nbytes) + (0 if self.retained is None else int(self.retained.nbytes))
 
 
 class EngineError(ValueError):
@@ -25,13 +39,15 @@ class MachineError(EngineError):
 
 
 class Engine(Protocol):
-    """One sequence at a time. The cache starts empty, `prefill` fills it, `extend` goes on behind it."""
+    """One sequence. The cache starts empty, `prefill` fills it, `append` and `extend` go on behind it."""
 
     name: str
     """Such as `onnxruntime-cpu`."""
     precision: str
     load_seconds: float
     """Spent so far on opening what was needed."""
+    can_append: bool
+    """Whether `append` is there; or else pictures go with the first prompt alone."""
 
     @property
     def capacity(self) -> int:
@@ -45,10 +61,14 @@ class Engine(Protocol):
     def length(self) -> int:
         """Rows in the cache."""
 
-    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
-        """Visual rows [I, V, D] of `pixels` [I, 3, H, W]: pictures that are seen once, or the views of one.
+    @property
+    def next_position(self) -> int:
+        """Position id of the next row; larger than `length` where rows were skipped, since they keep theirs."""
 
-        Where views are joined, `cut` says how, and the rows are [1, V, D].
+    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
+        """Visual rows of `pixels` [I, 3, H, W]: pictures that are seen once, or the views of one.
+
+        Where views are joined, `cut` says how.
         """
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
@@ -57,10 +77,22 @@ class Engine(Protocol):
         Whatever was in the cache is gone. Raises EngineError where the kept rows of `layout` exceed `capacity`.
         """
 
+    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        """`prefill` behind the rows that are in the cache, which the new rows attend to; `layout` is of the new alone.
+
+        Raises EngineError where they do not fit behind it, or where not `can_append` and the cache is not empty.
+        """
+
     def extend(self, input_ids: Sequence[int]) -> Logits:
         """Logits [vocab] of the last of one or more new ids behind the cache.
 
         Raises EngineError for an empty cache, no ids, or more than fit.
+        """
+
+    def rewind(self, num_rows: int, next_position: int) -> None:
+        """Keeps the first `num_rows` of the cache; the next row behind them stands at `next_position`.
+
+        Raises EngineError for more rows than there are.
         """
 
     def reset(self) -> None:
@@ -70,6 +102,35 @@ class Engine(Protocol):
         """Frees what the engine holds; it cannot be used afterwards."""
 
 
+class Pool(Protocol):
+    """Several sequences of one model side by side, such as those of a server's callers."""
+
+    slots: Sequence[Engine]
+    """Each has a KV cache of its own, of `capacity` rows; whatever else there is of the model, they share."""
+
+    def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
+        """`extend` by one id in each of some slots, by number: one run of the graph where the engine can.
+
+        Logits [vocab] of each. Raises EngineError as `extend` does, and then no slot has changed.
+        """
+
+    def close(self) -> None:
+        """Frees what all slots hold."""
+
+
+class Alone:
+    """The pool of an engine that runs one sequence."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.slots = (engine,)
+
+    def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
+        return {slot: self.slots[slot].extend([token]) for slot, token in new_ids.items()}
+
+    def close(self) -> None:
+        self.slots[0].close()
+
+
 def together(pictures: Sequence[Visual]) -> Visual | None:
     """The rows of several pictures, each as `encode` gave them; None of no picture.
 
@@ -77,19 +138,21 @@ def together(pictures: Sequence[Visual]) -> Visual | None:
     """
     if not pictures:
         return None
-    if len({each.shape[1] for each in pictures}) == 1:
-        return np.concatenate(pictures)
-    return np.concatenate([each.reshape(1, -1, each.shape[-1]) for each in pictures], axis=1)
+    rows = [each.rows for each in pictures]
+    if len({each.shape[1] for each in rows}) == 1:
+        return Visual(np.concatenate(rows))
+    return Visual(np.concatenate([each.reshape(1, -1, each.shape[-1]) for each in rows], axis=1))
 
 
-def check_prefill(layout: TokenLayout, visual: Visual | None, capacity: int) -> None:
-    """Raises EngineError where `layout` does not fit the cache or the pictures given."""
-    given = 0 if visual is None else visual.shape[0] * visual.shape[1]
+def check_prefill(layout: TokenLayout, visual: Visual | None, capacity: int, length: int = 0) -> None:
+    """Raises EngineError where `layout` does not fit behind `length` rows of the cache, or the pictures given."""
+    given = 0 if visual is None else visual.rows.shape[0] * visual.rows.shape[1]
     wanted = sum(image.length for image in layout.images)
     if given != wanted:
         raise EngineError(f"the prompt has pictures of {wanted} rows and {given} rows were given")
-    if not 0 < layout.num_kept <= capacity:
-        raise EngineError(f"a prompt of {layout.num_kept} rows does not fit a KV cache of {capacity}")
+    if not 0 < layout.num_kept <= capacity - length:
+        behind = f" behind {length}" if length else ""
+        raise EngineError(f"a prompt of {layout.num_kept} rows does not fit{behind} in a KV cache of {capacity}")
 
 
 def check_extend(num_new: int, length: int, capacity: int) -> None:
