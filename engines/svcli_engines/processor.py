@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from skipvision.config import ModelConfig
-from skipvision.layout import TokenLayout, picture_spans
+from skipvision.layout import ImageSpan, TokenLayout, picture_spans
 from skipvision.tiles import Cut, cut_picture
 from svcli_engines.base import Logits, Pixels
 from svcli_export.chat import ChatTokenizer, Message
@@ -42,6 +42,7 @@ class Processor:
         self.config: ModelConfig = manifest.config
         self.contract: Contract = manifest.contract
         self.stop_ids = frozenset(manifest.chat.stop_ids)
+        self.image_id = manifest.chat.image_id
         self._chat = ChatTokenizer.load(bundle, manifest.chat.template, manifest.chat.published)
 
     def pixels(self, images: Sequence[Image.Image]) -> Pixels:
@@ -71,8 +72,7 @@ class Processor:
         if len(cuts) != num_images:
             raise PromptError(f"the messages have {num_images} pictures and {len(cuts)} were given")
         ids = self._chat.encode(messages, cuts)
-        spans = [span for cut in cuts for span in picture_spans(self.config, cut)]
-        layout = TokenLayout.of(ids, self.manifest.chat.image_id, self.config, spans)
+        layout = self.layout(ids, [span for cut in cuts for span in self.spans(cut)])
         # One row more, for the first token of the answer.
         if layout.num_kept + 1 > self.contract.capacity:
             raise PromptError(
@@ -80,13 +80,20 @@ class Processor:
             )
         return Prompt(ids, layout, cuts)
 
+    def spans(self, cut: Cut) -> tuple[ImageSpan, ...]:
+        """The runs of rows of one picture, each of which has a placeholder id of its own."""
+        return picture_spans(self.config, cut)
+
+    def layout(self, ids: Sequence[int], spans: Sequence[ImageSpan]) -> TokenLayout:
+        """Of ids in which each of the runs `spans` is one placeholder."""
+        return TokenLayout.of(ids, self.image_id, self.config, spans)
+
     def sayable(self, logits: Logits) -> Logits:
         """The same [vocab], but that a picture's placeholder is never said: it would stand for a picture later on."""
-        image_id = self.manifest.chat.image_id
-        if image_id >= len(logits):
+        if self.image_id >= len(logits):
             return logits
         said: Logits = logits.copy()
-        said[image_id] = -np.inf
+        said[self.image_id] = -np.inf
         return said
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -26,6 +26,10 @@ class Sampling:
     seed: int | None = None
     """The same seed draws the same answer; None: another each time."""
     max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer where they would begin."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told beside each that is said; None: tokens are not told."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -36,6 +40,20 @@ class Sampling:
             raise SamplingError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.max_new_tokens < 1:
             raise SamplingError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not all(self.stop):
+            raise SamplingError("a text that ends the answer must not be empty")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise SamplingError(f"logprobs must be 0 or more, not {self.logprobs}")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was said, and how likely it was before temperature, top_k and top_p."""
+
+    id: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities, best first."""
 
 
 class Sampler:
@@ -51,6 +69,15 @@ class Sampler:
             return int(logits.argmax())
         probabilities = distribution(logits, self._sampling)
         return int(self._random.choice(len(probabilities), p=probabilities))
+
+
+def rated(token: int, logits: Logits, num_likeliest: int) -> Token:
+    """The token among `logits` [vocab], with so many of the likeliest."""
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    best = np.argsort(-logprobs, kind="stable")[:num_likeliest]
+    return Token(token, float(logprobs[token]), tuple((int(each), float(logprobs[each])) for each in best))
 
 
 def distribution(logits: Logits, sampling: Sampling) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
