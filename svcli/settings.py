@@ -18,3 +18,9 @@ def bundled_model() -> Path:
 def debugging() -> bool:
     """Whether `SVCLI_DEBUG` asks for tracebacks."""
     return os.environ.get("SVCLI_DEBUG", "") not in ("", "0")
+
+
+def state_folder() -> Path:
+    """Where what a user typed is kept from run to run, as the XDG base directories have it."""
+    named = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(named) if os.path.isabs(named) else Path.home() / ".local" / "state") / "svcli"

@@ -1,4 +1,5 @@
-"""What is drawn: results go to stdout, all else to stderr. Only this and training/panel.py know rich.
+"""What is drawn: results go to stdout, all else to stderr. Only this, chat/view.py, chat/markdown.py and
+training/panel.py know rich.
 
 Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals.
 """
@@ -12,11 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.control import Control
 from rich.measure import Measurement
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as BarProgress
-from rich.segment import ControlType
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -200,67 +199,6 @@ class Progress:
             return
         self._bar.console.print(printable(line), soft_wrap=True)
         self._last_line = time.monotonic()
-
-
-class ChatView:
-    """One answer as it comes: waiting line, text, closing line. The two lines appear on a terminal only.
-
-    However it is left, nothing stays behind on the line where the terminal goes on.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = stderr()
-        self._quiet = quiet
-        self._decorated = self._console.is_terminal and not quiet
-        self._waiting = False
-        self._at_line_start = True
-
-    def __enter__(self) -> ChatView:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.end_line()
-
-    def wait(self, message: str) -> None:
-        """Say what takes time; the first word of the answer takes its place."""
-        if self._decorated and not self._console.is_dumb_terminal:
-            text = encodable(self._console, printable(message))
-            self._console.print(text, style="dim", end="", no_wrap=True, overflow="ellipsis")
-            self._waiting = True
-
-    def say(self, text: str) -> None:
-        """Write a piece of the answer to stdout at once."""
-        if not text:
-            return
-        self._erase()
-        # Before the text is out: Ctrl-C may come as soon as a reader has it.
-        self._at_line_start = text.endswith("\n")
-        sys.stdout.write(printable(text))
-        sys.stdout.flush()
-
-    def note(self, *messages: str) -> None:
-        """What the user should know about the pictures or the answer."""
-        if messages and not self._quiet:
-            self._erase()
-            for message in messages:
-                note(message)
-
-    def end_line(self) -> None:
-        """The answer is over, or broken off: what follows begins on a line of its own."""
-        self._erase()
-        if not self._at_line_start:
-            self.say("\n")
-
-    def footer(self, parts: Sequence[str]) -> None:
-        """`parts` as one dim line, broken only between parts, on a terminal only."""
-        if self._decorated:
-            for line in pack(parts, self._console.width):
-                self._console.print(encodable(self._console, line), style="dim", soft_wrap=True)
-
-    def _erase(self) -> None:
-        if self._waiting:
-            self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
-            self._waiting = False
 
 
 def pack(parts: Sequence[str], width: int, separator: str = " · ") -> list[str]:
