@@ -29,11 +29,12 @@ class Scripted:
 
     name, precision, load_seconds = "scripted", "fp32", 0.0
     kv_bytes_per_row = 10
+    can_append = False
 
     def __init__(self, tokens: Iterable[int], capacity: int = 1000) -> None:
         self._tokens = iter(tokens)
         self.capacity = capacity
-        self.length = 0
+        self.length = self.next_position = 0
         self.calls: list[tuple[str, int]] = []
 
     def _next(self) -> Logits:
@@ -43,22 +44,29 @@ class Scripted:
 
     def encode(self, pixels: Pixels, _cut: Cut | None = None) -> Visual:
         self.calls.append(("encode", len(pixels)))
-        return np.zeros((len(pixels), 12, 32), np.float32)
+        return Visual(np.zeros((len(pixels), 12, 32), np.float32))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         assert len(input_ids) == layout.num_ids
-        assert (0 if visual is None else len(visual)) == len(layout.images)
+        assert (0 if visual is None else len(visual.rows)) == len(layout.images)
         self.calls.append(("prefill", len(input_ids)))
-        self.length = layout.num_kept
+        self.length, self.next_position = layout.num_kept, layout.length
         return self._next()
+
+    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        raise NotImplementedError
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
         self.calls.append(("extend", len(input_ids)))
         self.length += len(input_ids)
+        self.next_position += len(input_ids)
         return self._next()
 
+    def rewind(self, num_rows: int, next_position: int) -> None:
+        self.length, self.next_position = num_rows, next_position
+
     def reset(self) -> None:
-        self.length = 0
+        self.length = self.next_position = 0
 
     def close(self) -> None:
         self.calls.append(("close", 0))
