@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from svcli_engines.answer import Stats
-from svcli_engines.base import EngineError, Logits
+from svcli_engines.base import Engine, EngineError, Logits
 from svcli_engines.generate import Conversation
 from svcli_engines.processor import Processor
 from svcli_engines.sampling import Sampling
@@ -42,7 +42,7 @@ class Gated(Scripted):
 class Several:
     """A pool of engines that know nothing of one another."""
 
-    def __init__(self, slots: Sequence[Scripted]) -> None:
+    def __init__(self, slots: Sequence[Engine]) -> None:
         self.slots = slots
         self.steps: list[list[int]] = []
         self.closed = False
@@ -72,8 +72,8 @@ class Caller:
 
 
 @contextmanager
-def scheduled(pool: Several, processor: Processor, **options: int) -> Iterator[Scheduler]:
-    scheduler = Scheduler(pool, processor, **options)
+def scheduled(pool: Several, processor: Processor, max_waiting: int = 64) -> Iterator[Scheduler]:
+    scheduler = Scheduler(pool, processor, max_waiting=max_waiting)
     try:
         yield scheduler
     finally:
@@ -100,7 +100,7 @@ def test_each_answer_is_what_it_would_be_alone(exported: Exported) -> None:
     alone = [
         split(Conversation(exported.onnx_engine(), processor).ask(text, images, sampling))[0] for text, images in asked
     ]
-    with scheduled(Several([exported.onnx_engine() for _ in range(2)]), processor) as scheduler:  # type: ignore[misc]
+    with scheduled(Several([exported.onnx_engine() for _ in range(2)]), processor) as scheduler:
         callers = [Caller(scheduler, text, images, sampling=sampling) for text, images in asked * 3]
         assert [caller.wait()[0] for caller in callers] == alone * 3
 
@@ -202,7 +202,7 @@ def test_an_error_in_a_step_ends_its_answers_and_no_others(processor: Processor,
 
 def test_the_next_turn_finds_the_rows_of_the_one_before(exported: Exported) -> None:
     sampling = Sampling(max_new_tokens=3)
-    with scheduled(Several([exported.onnx_engine() for _ in range(3)]), exported.processor) as scheduler:  # type: ignore[misc]
+    with scheduled(Several([exported.onnx_engine() for _ in range(3)]), exported.processor) as scheduler:
         firsts = [Caller(scheduler, text, [PICTURE], sampling=sampling) for text in ("a", "b", "c")]
         texts = [caller.wait()[0] for caller in firsts]
         for first, text in zip(firsts, texts, strict=True):
