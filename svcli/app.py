@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from svcli import __version__, ui
+from svcli.commands.ask import ask
 from svcli.commands.build_engine import build_engine
 from svcli.commands.chat import chat
 from svcli.commands.cost import cost
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
+for command in (chat, ask, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
 data.command()(reported(check))
@@ -57,6 +58,9 @@ def main(
             [
                 ('svcli chat PICTURE "what is this?"', "an answer, word by word"),
                 ("svcli inspect", "what the bundled model is made of"),
-                ("svcli --help", "the rest: cost, profile, verify, doctor, export, build-engine, train, new, data"),
+                (
+                    "svcli --help",
+                    "the rest: ask, cost, profile, verify, doctor, export, build-engine, train, new, data",
+                ),
             ],
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from svcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from svcli_engines.base import Engine
+    from svcli_engines.base import Engine, Pool
     from svcli_export.manifest import Manifest
 
 
@@ -46,3 +46,29 @@ def open_engine(
     from svcli_engines.tensorrt_engine import TensorRTEngine
 
     return TensorRTEngine(bundle, manifest, backend="tensorrt" if name is EngineName.TENSORRT else "tensorrt-rtx")
+
+
+_POOL_BYTES = 1 << 30
+_MOST_SLOTS = 8
+
+
+def open_pool(
+    name: EngineName, bundle: Path, manifest: Manifest, *, threads: int | None = None, parallel: int | None = None
+) -> Pool:
+    """`parallel` sequences side by side; or else as many as fit 1 GiB of KV cache, up to 8, where the engine can.
+
+    Raises UsageError for several of an engine that runs one, or what the engine raises.
+    """
+    from svcli_engines.base import Alone
+
+    if name in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA):
+        from svcli_engines.onnx_engine import OnnxPool
+
+        contract = manifest.contract
+        fitting = _POOL_BYTES // (contract.capacity * contract.kv_bytes_per_row)
+        num_slots = parallel or max(1, min(_MOST_SLOTS, fitting))
+        provider = "cuda" if name is EngineName.ONNXRUNTIME_CUDA else "cpu"
+        return OnnxPool(bundle, manifest, provider=provider, num_threads=threads, num_slots=num_slots)
+    if parallel is not None and parallel > 1:
+        raise UsageError(f"{name.value} runs one sequence at a time; leave --parallel out")
+    return Alone(open_engine(name, bundle, manifest, threads=threads))

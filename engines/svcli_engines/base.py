@@ -155,6 +155,18 @@ def check_prefill(layout: TokenLayout, visual: Visual | None, capacity: int, len
         raise EngineError(f"a prompt of {layout.num_kept} rows does not fit{behind} in a KV cache of {capacity}")
 
 
+def check_append(length: int, *, can_append: bool) -> None:
+    """Raises EngineError behind a cache of `length` rows where an engine begins with an empty one alone."""
+    if length and not can_append:
+        raise EngineError(f"these plans take pictures with the first prompt alone, and {length} rows are in the cache")
+
+
+def check_rewind(num_rows: int, length: int) -> None:
+    """Raises EngineError where the cache of `length` rows does not hold `num_rows`."""
+    if not 0 <= num_rows <= length:
+        raise EngineError(f"the KV cache holds {length} rows, not {num_rows}")
+
+
 def check_extend(num_new: int, length: int, capacity: int) -> None:
     """Raises EngineError where `num_new` ids cannot go behind `length` rows."""
     if length == 0:

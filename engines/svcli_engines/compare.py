@@ -81,7 +81,6 @@ class Trace:
     """What one engine made of one sample."""
 
     visual: Visual
-    """[I, V, D]."""
     logits: tuple[Logits, ...]
     """[vocab] after prefill and after each decode step."""
     tokens: tuple[int, ...]
@@ -221,8 +220,8 @@ def samples(processor: Processor, pictures: Mapping[str, Image.Image]) -> list[S
 def trace(engine: Engine, sample: Sample, num_layers: int, forced: Trace | None = None) -> Trace:
     """Runs one sample. `forced` gives the visual rows and tokens to go on with; without it, the engine's own."""
     visual = engine.encode(sample.pixels, sample.prompt.cuts[0])
-    rows = visual if forced is None else forced.visual.astype(visual.dtype)
-    logits = [engine.prefill(sample.prompt.ids, rows, sample.prompt.layout)]
+    shown = visual if forced is None else Visual(forced.visual.rows.astype(visual.rows.dtype))
+    logits = [engine.prefill(sample.prompt.ids, shown, sample.prompt.layout)]
     prompt_cache = _read_cache(engine, num_layers)
     for step in range(NUM_TOKENS - 1):
         token = int(logits[-1].argmax()) if forced is None else forced.tokens[step]
@@ -279,7 +278,7 @@ class _Pair:
 def _vision(pairs: Sequence[_Pair], limit: Tolerance) -> Stage:
     found, agreeing = [], []
     for pair in pairs:
-        got, wanted = match_runs(pair.got.visual, pair.wanted.visual, pair.spans)
+        got, wanted = match_runs(pair.got.visual.rows, pair.wanted.visual.rows, pair.spans)
         found.append((pair.picture, difference(got, wanted)))
         agreeing.append(agreeing_rows(got, wanted, limit))
     rows = agreement_of_all(agreeing)

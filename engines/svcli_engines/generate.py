@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from time import perf_counter
 
 from PIL import Image
@@ -16,6 +17,8 @@ from svcli_engines.question import Question
 from svcli_engines.sampling import Sampling
 from svcli_engines.turn import Piece
 from svcli_export.chat import Message
+
+__all__ = ["GREEDY", "Conversation", "Event", "Piece", "Stats", "generate"]
 
 Event = Piece | Stats
 GREEDY = Sampling()
@@ -72,7 +75,7 @@ class Conversation:
                     yield piece
                 if (token := answer.next_id) is None:
                     break
-                logits, seconds = timed(self._engine, lambda new=token: self._engine.extend([new]))
+                logits, seconds = timed(self._engine, partial(self._engine.extend, [token]))
                 piece = answer.take(logits, seconds)
         finally:
             self.messages = answer.messages

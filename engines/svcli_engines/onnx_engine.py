@@ -14,7 +14,7 @@ from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 from skipvision.layout import TokenLayout, read_ids
 from skipvision.tiles import Cut
-from svcli_engines.base import Logits, Pixels, Visual, check_extend, check_prefill
+from svcli_engines.base import Logits, Pixels, Visual, check_append, check_extend, check_prefill, check_rewind
 from svcli_export.contract import (
     CACHE_PARTS,
     MOSAIC_INDEX,
@@ -29,6 +29,8 @@ from svcli_export.runtime import Provider, open_session, run_vision
 
 class OnnxEngine:
     """The default engine. Graphs are opened when they are first needed: a text-only chat never reads the encoder."""
+
+    can_append = False
 
     def __init__(
         self, bundle: Path, manifest: Manifest, *, provider: Provider = "cpu", num_threads: int | None = None
@@ -69,20 +71,26 @@ class OnnxEngine:
     def length(self) -> int:
         return self._length
 
+    @property
+    def next_position(self) -> int:
+        return self._next_position
+
     def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
-        return run_vision(self._session("vision"), self._contract, self._config, pixels, cut)
+        return Visual(run_vision(self._session("vision"), self._contract, self._config, pixels, cut))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         check_prefill(layout, visual, self.capacity)
         spec = self._contract.graph("prefill")
         if visual is None:
             shape = next(tensor.shape for tensor in spec.inputs if tensor.name == "visual")
-            visual = np.zeros([each if isinstance(each, int) else 0 for each in shape], self._contract.compute_dtype)
+            rows = np.zeros([each if isinstance(each, int) else 0 for each in shape], self._contract.compute_dtype)
         elif MOSAIC_INDEX in self._contract.graph("vision").input_names:
-            visual = visual.reshape(1, -1, visual.shape[-1])
+            rows = visual.rows.reshape(1, -1, visual.rows.shape[-1])
+        else:
+            rows = visual.rows
         feeds = {
             "input_ids": np.array([read_ids(input_ids, self._config.text.vocab_size)], np.int64),
-            "visual": visual,
+            "visual": rows,
             "source": layout.source[None],
             "position_ids": layout.positions[None],
             "visible_until": layout.visible_until[None],
@@ -91,6 +99,10 @@ class OnnxEngine:
         logits = self._run("prefill", {name: feeds[name] for name in feeds if name in spec.input_names})
         self._length, self._next_position = layout.num_kept, layout.length
         return logits
+
+    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        check_append(self._length, can_append=self.can_append)
+        return self.prefill(input_ids, visual, layout)
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
         num_new = len(input_ids)
@@ -108,6 +120,10 @@ class OnnxEngine:
     def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
         """A copy [G, length, d] of the rows in use of one layer's K or V."""
         return self._caches[layer, part].numpy()[0, :, : self._length].astype(np.float32)  # type: ignore[no-any-return]
+
+    def rewind(self, num_rows: int, next_position: int) -> None:
+        check_rewind(num_rows, self._length)
+        self._length, self._next_position = num_rows, next_position
 
     def reset(self) -> None:
         self._length = self._next_position = 0

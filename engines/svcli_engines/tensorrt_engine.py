@@ -17,7 +17,16 @@ import numpy.typing as npt
 
 from skipvision.layout import FOREVER, TokenLayout
 from skipvision.tiles import Cut
-from svcli_engines.base import EngineError, Logits, Pixels, Visual, check_extend, check_prefill
+from svcli_engines.base import (
+    EngineError,
+    Logits,
+    Pixels,
+    Visual,
+    check_append,
+    check_extend,
+    check_prefill,
+    check_rewind,
+)
 from svcli_engines.cuda import Cuda, CudaRuntime
 from svcli_engines.plans import (
     PLACES,
@@ -60,6 +69,8 @@ class Buffer:
 
 class TensorRTEngine:
     """One plan set on the first GPU. Everything is loaded and allocated when the engine is made."""
+
+    can_append = False
 
     def __init__(
         self,
@@ -116,12 +127,16 @@ class TensorRTEngine:
     def length(self) -> int:
         return self._length
 
+    @property
+    def next_position(self) -> int:
+        return self._next_position
+
     def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
         if cut is not None and cut.rows:
             raise EngineError("plans for pictures in tiles are not there yet")
         most = self._phases["vision"].ranges["pixels"][1][0]
         parts = [pixels[first : first + most] for first in range(0, len(pixels), most)]
-        return np.concatenate([self._run("vision", {"pixels": part}, "visual", len(part)) for part in parts])
+        return Visual(np.concatenate([self._run("vision", {"pixels": part}, "visual", len(part)) for part in parts]))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         check_prefill(layout, visual, self.capacity)
@@ -134,11 +149,15 @@ class TensorRTEngine:
             "kept_index": np.arange(layout.num_kept, dtype=np.int64)[None],
             "write_index": np.zeros(1, np.int64),
         }
-        if visual is not None and len(visual) > 0:
-            feeds["visual"] = visual
+        if visual is not None and len(visual.rows) > 0:
+            feeds["visual"] = visual.rows
         logits: Logits = self._run("prefill", feeds)[0]
         self._length, self._next_position = layout.num_kept, layout.length
         return logits
+
+    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        check_append(self._length, can_append=self.can_append)
+        return self.prefill(input_ids, visual, layout)
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
         check_extend(len(input_ids), self._length, self.capacity)
@@ -161,6 +180,10 @@ class TensorRTEngine:
         self._cuda.synchronize()
         used: npt.NDArray[np.float32] = rows[0, :, : self._length].astype(np.float32)
         return used
+
+    def rewind(self, num_rows: int, next_position: int) -> None:
+        check_rewind(num_rows, self._length)
+        self._length, self._next_position = num_rows, next_position
 
     def reset(self) -> None:
         self._length = self._next_position = 0

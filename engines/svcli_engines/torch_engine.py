@@ -13,7 +13,16 @@ import numpy.typing as npt
 from skipvision.cost import kv_bytes
 from skipvision.layout import BatchLayout, TokenLayout, read_ids
 from skipvision.tiles import Cut
-from svcli_engines.base import Logits, MachineError, Pixels, Visual, check_extend, check_prefill
+from svcli_engines.base import (
+    Logits,
+    MachineError,
+    Pixels,
+    Visual,
+    check_append,
+    check_extend,
+    check_prefill,
+    check_rewind,
+)
 from svcli_engines.torch_steps import Step, capture, compile_step, is_compilers, reason
 from svcli_export.contract import CachePart
 from svcli_export.manifest import Manifest
@@ -35,6 +44,8 @@ class TorchEngine:
 
     On CUDA single ids are decoded by a captured graph. The CUDA part was written without a GPU and never run on one.
     """
+
+    can_append = False
 
     def __init__(
         self,
@@ -69,7 +80,7 @@ class TorchEngine:
         self._model = model.to(self._device, self._dtype)
         self._capacity = capacity
         self._cache = self._model.new_cache(1, capacity)
-        self._length = 0
+        self._length = self._next_position = 0
         self._num_steps = 0
         self._replay: Step | None = None
         self._compiled_step = compile_step(self._step) if compiled else None
@@ -120,12 +131,17 @@ class TorchEngine:
     def length(self) -> int:
         return self._length
 
+    @property
+    def next_position(self) -> int:
+        return self._next_position
+
     def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
         import torch
 
         given = torch.from_numpy(pixels).to(self._device, self._dtype)
         with torch.no_grad():
-            return _numpy(self._model.encode_images(given) if cut is None else self._model.encode_picture(given, cut))
+            rows = self._model.encode_images(given) if cut is None else self._model.encode_picture(given, cut)
+        return Visual(_numpy(rows))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         import torch
@@ -135,12 +151,16 @@ class TorchEngine:
         check_prefill(layout, visual, self._capacity)
         self.reset()
         width = self._model.config.text.hidden_size
-        rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual).to(self._device)
+        rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual.rows).to(self._device)
         batch = BatchTensors.of(BatchLayout.of([layout], len(input_ids)), self._device)
         ids = read_ids(input_ids, self._model.config.text.vocab_size)
         logits = self._model.fill(torch.tensor([ids], device=self._device), rows, batch, self._cache)
-        self._length = layout.num_kept
+        self._length, self._next_position = layout.num_kept, layout.length
         return _numpy(logits[0])
+
+    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        check_append(self._length, can_append=self.can_append)
+        return self.prefill(input_ids, visual, layout)
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
         import torch
@@ -152,6 +172,7 @@ class TorchEngine:
             else:
                 logits = self._advance(torch.tensor([input_ids], device=self._device))
         self._length += len(input_ids)
+        self._next_position += len(input_ids)
         return _numpy(logits)
 
     def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
@@ -160,13 +181,19 @@ class TorchEngine:
         rows: npt.NDArray[np.float32] = _numpy(buffers[layer][0, :, : self._length]).copy()
         return rows
 
+    def rewind(self, num_rows: int, next_position: int) -> None:
+        check_rewind(num_rows, self._length)
+        self._cache.lengths.fill_(num_rows)
+        self._cache.next_positions.fill_(next_position)
+        self._length, self._next_position = num_rows, next_position
+
     def reset(self) -> None:
-        self._length = 0
+        self._length = self._next_position = 0
 
     def close(self) -> None:
         import torch
 
-        self._length = 0
+        self._length = self._next_position = 0
         if self.__dict__.get("_compiled_step") is not None:
             torch.compiler.reset()  # which counts the engines that one step was compiled for
         for held in ("_model", "_cache", "_replay", "_compiled_step", "_next_id", "_step_logits"):

@@ -229,7 +229,7 @@ def test_a_fault_in_the_encoder_of_the_shipped_model_is_found(
     session = open_session(tmp_path / "vision.onnx")
     got = [session.run(None, {"pixels": each})[0] for each in pixels]
     span = ImageSpan.of(manifest.config)
-    pairs = [(match_rows(each[0], rows[0], span), rows[0]) for each, rows in zip(got, wanted, strict=True)]
+    pairs = [(match_rows(each[0], shown.rows[0], span), shown.rows[0]) for each, shown in zip(got, wanted, strict=True)]
     limit = TOLERANCES[manifest.contract.precision]
     rows = agreement_of_all([agreeing_rows(*pair, limit) for pair in pairs])
     problems = excess(worst(difference(*pair) for pair in pairs), limit, rows)
@@ -303,7 +303,7 @@ def test_values_that_are_not_numbers_are_found(case: Case, stage: str) -> None:
     class Broken(OnnxEngine):
         def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
             visual = super().encode(pixels, cut)
-            return visual * np.nan if stage == "vision" else visual
+            return replace(visual, rows=visual.rows * np.nan) if stage == "vision" else visual
 
         def _run(self, graph: GraphName, feeds: Any) -> Logits:
             logits = super()._run(graph, feeds)
@@ -347,8 +347,10 @@ class Blind:
         self._engine = engine
         self.name, self.precision, self.load_seconds = "blind", engine.precision, 0.0
         self.encode, self.prefill, self.extend = engine.encode, engine.prefill, engine.extend
+        self.append, self.rewind, self.can_append = engine.append, engine.rewind, engine.can_append
         self.reset, self.close = engine.reset, engine.close
-        self.capacity, self.kv_bytes_per_row, self.length = engine.capacity, engine.kv_bytes_per_row, 0
+        self.capacity, self.kv_bytes_per_row = engine.capacity, engine.kv_bytes_per_row
+        self.length = self.next_position = 0
 
 
 def test_an_engine_without_a_readable_cache_is_compared_by_its_results(case: Case) -> None:

@@ -21,6 +21,7 @@ from svcli_export.chat import Message
 from tests.engines.conftest import Exported
 
 END = 4
+OTHER = Image.fromarray(np.random.default_rng(4).integers(0, 255, (50, 50, 3), np.uint8))
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 255, (40, 60, 3), np.uint8))
 
 
@@ -29,11 +30,12 @@ class Scripted:
 
     name, precision, load_seconds = "scripted", "fp32", 0.0
     kv_bytes_per_row = 10
+    can_append = True
 
     def __init__(self, tokens: Iterable[int], capacity: int = 1000) -> None:
         self._tokens = iter(tokens)
         self.capacity = capacity
-        self.length = 0
+        self.length = self.next_position = 0
         self.calls: list[tuple[str, int]] = []
 
     def _next(self) -> Logits:
@@ -43,22 +45,32 @@ class Scripted:
 
     def encode(self, pixels: Pixels, _cut: Cut | None = None) -> Visual:
         self.calls.append(("encode", len(pixels)))
-        return np.zeros((len(pixels), 12, 32), np.float32)
+        return Visual(np.zeros((len(pixels), 12, 32), np.float32), np.zeros((len(pixels), 4), np.int64))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        self.reset()
+        return self.append(input_ids, visual, layout)
+
+    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         assert len(input_ids) == layout.num_ids
-        assert (0 if visual is None else len(visual)) == len(layout.images)
-        self.calls.append(("prefill", len(input_ids)))
-        self.length = layout.num_kept
+        assert (0 if visual is None else len(visual.rows)) == len(layout.images)
+        assert self.can_append or self.length == 0
+        self.calls.append(("append" if self.length else "prefill", len(input_ids)))
+        self.length, self.next_position = self.length + layout.num_kept, self.next_position + layout.length
         return self._next()
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
+        assert self.length > 0
         self.calls.append(("extend", len(input_ids)))
-        self.length += len(input_ids)
+        self.length, self.next_position = self.length + len(input_ids), self.next_position + len(input_ids)
         return self._next()
 
+    def rewind(self, num_rows: int, next_position: int) -> None:
+        assert num_rows <= self.length
+        self.length, self.next_position = num_rows, next_position
+
     def reset(self) -> None:
-        self.length = 0
+        self.length = self.next_position = 0
 
     def close(self) -> None:
         self.calls.append(("close", 0))
@@ -147,15 +159,123 @@ def test_extending_gives_what_prefilling_all_gives(exported: Exported) -> None:
     assert extended == prefilled
 
 
-def test_a_new_picture_prefills_again_and_encodes_only_itself(processor: Processor) -> None:
+def test_a_new_picture_is_appended_and_encodes_only_itself(processor: Processor) -> None:
     engine = Scripted([9, END, 10, END])
     conversation = Conversation(engine, processor)
     split(conversation.ask("what is this?", [PICTURE]))
     engine.calls.clear()
-    _, stats = split(conversation.ask("and this?", [PICTURE]))
-    assert engine.calls[0] == ("encode", 1)
-    assert [name for name, _ in engine.calls] == ["encode", "prefill", "extend"]
+    _, stats = split(conversation.ask("and this?", [OTHER]))
+    assert [name for name, _ in engine.calls] == ["encode", "append", "extend"]
     assert stats.num_images == 2
+    assert stats.kv_rows == engine.length
+
+
+def test_the_same_picture_again_is_not_encoded_again(processor: Processor) -> None:
+    engine = Scripted([9, END, 10, END])
+    conversation = Conversation(engine, processor)
+    split(conversation.ask("what is this?", [PICTURE]))
+    engine.calls.clear()
+    split(conversation.ask("and this?", [PICTURE.copy()]))
+    assert [name for name, _ in engine.calls] == ["append", "extend"]
+
+
+def test_where_nothing_can_be_appended_a_new_picture_prefills_all_again(processor: Processor) -> None:
+    engine = Scripted([9, END, 10, END])
+    engine.can_append = False
+    conversation = Conversation(engine, processor)
+    split(conversation.ask("what is this?", [PICTURE]))
+    engine.calls.clear()
+    _, stats = split(conversation.ask("and this?", [OTHER]))
+    assert [name for name, _ in engine.calls] == ["encode", "prefill", "extend"]
+    assert (stats.num_images, stats.num_shared_rows) == (2, 0)
+
+
+def test_a_changed_picture_starts_from_what_stands_in_front_of_it(processor: Processor) -> None:
+    engine = Scripted([9, END, 10, END, 11, END])
+    conversation = Conversation(engine, processor)
+    split(conversation.ask("what is this?", [PICTURE]))
+    first = list(conversation.messages)
+    _, second = split(conversation.ask("and this?", [OTHER]))
+    engine.calls.clear()
+    images = [PICTURE, Image.new("RGB", (30, 30), "red")]
+    _, stats = split(conversation.answer([*first, Message("user", "and this?", images=1)], images))
+    assert [name for name, _ in engine.calls] == ["encode", "append", "extend"]
+    assert stats.num_shared_rows == second.num_shared_rows + 1  # the end of the first answer is there now
+    assert stats.kv_rows == second.kv_rows
+
+
+def test_the_same_question_again_computes_one_row(processor: Processor) -> None:
+    engine = Scripted([9, END, 10, END])
+    conversation = Conversation(engine, processor)
+    split(conversation.ask("what is this?", [PICTURE]))
+    engine.calls.clear()
+    _, stats = split(conversation.answer(conversation.messages[:-1], conversation.images))
+    assert engine.calls == [("extend", 1), ("extend", 1)]
+    assert stats.num_prompt_rows == 1
+
+
+def test_a_question_taken_back_is_gone_from_the_cache(exported: Exported) -> None:
+    sampling = Sampling(max_new_tokens=6)
+    conversation = Conversation(exported.onnx_engine(), exported.processor)
+    split(conversation.ask("what is this?", [PICTURE], sampling))
+    before = list(conversation.messages)
+    split(conversation.ask("a ball and a box?", [OTHER], sampling))
+    conversation.messages, conversation.images = before, conversation.images[:1]
+    again, stats = split(conversation.ask("how many?", sampling=sampling))
+    assert stats.num_shared_rows > 0
+    messages = [*before, Message("user", "how many?")]
+    fresh, _ = split(generate(exported.onnx_engine(), exported.processor, [PICTURE], messages, sampling=sampling))
+    assert again == fresh
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_change_of_a_conversation_answers_as_if_it_were_new(exported: Exported, data: st.DataObject) -> None:
+    """Whatever is in the cache, and however much of it is shared."""
+    sampling = Sampling(max_new_tokens=3)
+    conversation = Conversation(exported.onnx_engine(), exported.processor)
+    for _ in range(3):
+        turns = data.draw(
+            st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([None, 0, 1])), min_size=1, max_size=2)
+        )
+        messages: list[Message] = []
+        images: list[Image.Image] = []
+        for text, number in turns:
+            messages += [Message("user", text, images=number is not None), Message("assistant", "b")]
+            images += [] if number is None else [(PICTURE, OTHER)[number]]
+        said, _ = split(conversation.answer(messages[:-1], images, sampling))
+        fresh, stats = split(
+            generate(exported.onnx_engine(), exported.processor, images, messages[:-1], sampling=sampling)
+        )
+        assert stats.num_shared_rows == 0
+        assert said == fresh
+
+
+def test_rows_that_saw_skipped_ones_are_not_taken_for_others(exported: Exported) -> None:
+    """With visibility `all` text sees skipped rows, which are gone later on."""
+    manifest = exported.manifest
+    model = {**manifest.model, "skip": {**manifest.model["skip"], "visibility": "all"}}
+    processor = Processor(exported.bundle, manifest.model_copy(update={"model": model}))
+    engine = Scripted([9, END, 10, END, 11, END])
+    conversation = Conversation(engine, processor)
+    split(conversation.ask("what is this?", [PICTURE]))
+    engine.calls.clear()
+    split(conversation.answer(conversation.messages[:-1], conversation.images))
+    assert [name for name, _ in engine.calls] == ["prefill", "extend"]
+    engine.calls.clear()
+    assert split(conversation.ask("and?"))[1].extended
+
+
+def test_which_tokens_were_retained_can_be_asked(processor: Processor) -> None:
+    engine = Scripted([9, END])
+    conversation = Conversation(engine, processor)
+    split(conversation.ask("what is this?", [PICTURE]))
+    engine.calls.clear()
+    picture, retained = conversation.retained(PICTURE)
+    assert picture.image is PICTURE
+    assert retained is not None
+    assert retained.shape == (1, 4)
+    assert engine.calls == []
 
 
 def test_an_answer_broken_off_stays_and_the_next_question_works(exported: Exported) -> None:

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from skipvision.layout import TokenLayout
-from svcli_engines.base import Engine, EngineError, MachineError, Pixels
+from svcli_engines.base import Engine, EngineError, MachineError, Pixels, Visual
 from svcli_engines.cuda import Cuda, CudaError
 from svcli_engines.generate import Conversation, Piece
 from svcli_engines.plans import Backend, EngineLayout, PlanError, PlanSet
@@ -212,7 +212,7 @@ def test_one_wait_a_call(skip: Exported) -> None:
 def test_prompt_without_pictures_copies_none(skip: Exported) -> None:
     rig = start(skip)
     layout = TokenLayout.of(PROMPTS["text only"], IMAGE, skip.manifest.config)
-    none = np.zeros((0, 12, 32), np.float32)
+    none = Visual(np.zeros((0, 12, 32), np.float32))
     expected = rig.engine.prefill(PROMPTS["text only"], None, layout)
     for visual in (None, none):
         calls = rig.calls(partial(rig.engine.prefill, PROMPTS["text only"], visual, layout))
@@ -265,10 +265,10 @@ def test_results_are_not_overwritten_by_the_next_run(skip: Exported) -> None:
     engine = start(skip).engine
     visual = engine.encode(pixels(1))
     logits = prefill(engine, skip, PROMPTS["one image first"])
-    kept = visual.copy(), logits.copy()
+    kept = visual.rows.copy(), logits.copy()
     engine.encode(pixels(2))
     engine.extend(QUESTION)
-    np.testing.assert_array_equal(visual, kept[0])
+    np.testing.assert_array_equal(visual.rows, kept[0])
     np.testing.assert_array_equal(logits, kept[1])
 
 
@@ -336,7 +336,7 @@ def test_pictures_are_encoded_in_as_many_runs_as_it_takes(skip: Exported, tmp_pa
     rig = start(edited(skip, tmp_path, set_largest("vision.plan", "pixels", 0, 1)))
     visual = rig.engine.encode(pixels(2))
     assert rig.tensorrt.runs == [("vision", 1), ("vision", 1)]
-    np.testing.assert_allclose(visual, skip.onnx_engine().encode(pixels(2)), atol=1e-5)
+    np.testing.assert_allclose(visual.rows, skip.onnx_engine().encode(pixels(2)).rows, atol=1e-5)
 
 
 def test_prompt_that_the_plan_does_not_take_is_refused(skip: Exported, tmp_path: Path) -> None:
