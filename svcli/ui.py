@@ -44,18 +44,19 @@ def stdout() -> Console:
     return _Results(highlight=False, markup=False, emoji=False, width=width)
 
 
-def stderr() -> Console:
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+def stderr(*, is_plain: bool = False) -> Console:
+    """`is_plain`: no escape sequence, whatever the terminal can."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, color_system=None if is_plain else "auto")
 
 
-def error(message: str) -> None:
+def error(message: str, console: Console | None = None) -> None:
     """What went wrong, in one sentence."""
-    _remark("Error:", "bold red", message)
+    _remark("Error:", "bold red", message, console or stderr())
 
 
-def note(message: str) -> None:
+def note(message: str, console: Console | None = None) -> None:
     """What the user should know, though nothing went wrong."""
-    _remark("Note:", "yellow", message)
+    _remark("Note:", "yellow", message, console or stderr())
 
 
 def show(line: str) -> None:
@@ -131,8 +132,7 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
 
 
-def _remark(label: str, style: str, message: str) -> None:
-    console = stderr()
+def _remark(label: str, style: str, message: str, console: Console) -> None:
     text = Text.assemble((label, style), " ", encodable(console, printable(message)))
     # One line for programs, whole words for people.
     console.print(text, soft_wrap=not console.is_terminal)

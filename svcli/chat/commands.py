@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from svcli.chat import compare as comparison
 from svcli.chat import saved
@@ -26,7 +26,7 @@ IMAGE_WORDS = ("add", "rm", "list", "show")
 SETTINGS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
 
 
-class Leave(Exception):  # noqa: N818  no error
+class Leave(Exception):
     """The conversation is over."""
 
 
@@ -170,7 +170,8 @@ def _set(desk: Desk, rest: str) -> None:
         key, text = key.replace("-", "_"), text.strip()
         if key not in SETTINGS:
             raise UsageError(f"there is no setting {key!r}: {', '.join(SETTINGS)}")
-        desk.session.sampling = replace(desk.session.sampling, **{key: _value(key, text)})
+        changes: dict[str, Any] = {key: _value(key, text)}
+        desk.session.sampling = replace(desk.session.sampling, **changes)
     now = settings(desk.session.sampling)
     desk.view.tell(*(f"{key} {'none' if now[key] is None else now[key]}" for key in SETTINGS))
 

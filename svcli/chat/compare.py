@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from svcli import ui
 from svcli.chat.facts import measured
-from svcli.chat.model import DENSE, SKIPPED
+from svcli.chat.model import DENSE
 from svcli.chat.session import Session
 from svcli.errors import UsageError
 
@@ -38,7 +38,7 @@ class Side:
     runs: tuple[Stats, ...]
 
     def median(self, measure: str) -> float:
-        return median(getattr(run, measure) for run in self.runs)
+        return float(median(getattr(run, measure) for run in self.runs))
 
     def told(self) -> dict[str, Any]:
         """For programs."""
@@ -152,9 +152,7 @@ def compare(
         # What is in the caches now is not what the conversation left there.
         for variant in variants:
             session.model.runner(variant).engine.reset()
-    dense, other = (
-        Side(each, answers[each].content, answers[each].ids or (), tuple(runs[each])) for each in variants
-    )
+    dense, other = (Side(each, answers[each].content, answers[each].ids or (), tuple(runs[each])) for each in variants)
     names = tuple(picture.name for picture in session.pictures[: len(images)])
     return Comparison(messages[-1].content, names, dense, other, tuple(_notes(session, skipped)))
 
@@ -200,7 +198,9 @@ def _run(
 def _notes(session: Session, skipped: str) -> list[str]:
     trained = session.model.runner(skipped).manifest.config.skip_trained
     if trained:
-        return ["this model was trained with skipping, not to run dense: dense answers show what the weights make of it"]
+        return [
+            "this model was trained with skipping, not to run dense: dense answers show what the weights make of it"
+        ]
     return ["this model was not trained to skip: the dense answer is the one that it was trained for"]
 
 

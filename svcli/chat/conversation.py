@@ -31,10 +31,12 @@ def converse(
     while True:
         names = waiting if desk is None else [picture.short_name for picture in desk.session.waiting]
         try:
-            line = reader.read(_label(names, view.is_plain))
+            line = reader.read(_label(names, view.is_spoken))
         except EOFError:
             if not num_asked and not reader.is_interactive:
-                raise UsageError('no question, neither as an argument nor on stdin: svcli chat IMAGE "QUESTION"') from None
+                raise UsageError(
+                    'no question, neither as an argument nor on stdin: svcli chat IMAGE "QUESTION"'
+                ) from None
             return 0
         except KeyboardInterrupt:
             if warned or not reader.is_interactive:

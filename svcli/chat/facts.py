@@ -26,7 +26,11 @@ def closing_line(stats: Stats) -> list[str]:
         f"{stats.visual_tokens_full}→{stats.visual_tokens_kept} visual tokens",
         f"KV {ui.size_change(stats.kv_bytes_full, stats.kv_bytes)}",
         # A second question about a picture does not look at it again.
-        *([f"vision {ui.duration(stats.vision_seconds)}"] if stats.vision_seconds > 0.0005 or not stats.extended else []),
+        *(
+            [f"vision {ui.duration(stats.vision_seconds)}"]
+            if stats.vision_seconds > 0.0005 or not stats.extended
+            else []
+        ),
         f"prefill {ui.duration(stats.prefill_seconds)}",
         f"first token {ui.duration(stats.first_token_seconds)}",
         # An answer of one token has no rate.
@@ -53,7 +57,7 @@ def table(stats: Stats, capacity: int) -> list[tuple[str, str]]:
         ("pictures", f"{stats.num_images}"),
         (
             "visual tokens",
-            f"{stats.visual_tokens_full} full, {stats.visual_tokens_in} in the decoder, {stats.visual_tokens_kept} kept",
+            f"{stats.visual_tokens_full} full, {stats.visual_tokens_in} enter, {stats.visual_tokens_kept} are kept",
         ),
         ("KV rows", f"{stats.kv_rows} of {capacity}; {stats.kv_rows_full} without skipping"),
         ("KV bytes", f"{ui.size(stats.kv_bytes)}; {ui.size(stats.kv_bytes_full)} without skipping"),

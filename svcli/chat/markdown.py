@@ -35,14 +35,17 @@ class LiveMarkdown:
         self._width = 0
         self._above = False
         """Something is drawn above this block."""
-        self._last_drawing = -math.inf
+        self._next_drawing = -math.inf
 
     def add(self, text: str) -> None:
         """A piece that is already free of control characters."""
         self._text += text
-        if time.monotonic() - self._last_drawing >= _SECONDS_BETWEEN_DRAWINGS:
+        start = time.monotonic()
+        if start >= self._next_drawing:
             self._draw()
-            self._last_drawing = time.monotonic()
+            # A long block takes long to draw; most of the time is for the model.
+            end = time.monotonic()
+            self._next_drawing = end + max(_SECONDS_BETWEEN_DRAWINGS, 9 * (end - start))
 
     def finish(self) -> None:
         """The answer is over; the cursor stands at the beginning of a line behind it."""

@@ -34,7 +34,7 @@ def show_comparison(found: Comparison, view: ChatView) -> None:
     console.print()
     console.print(ui.encodable(console, _where(found)), soft_wrap=not is_drawn)
     console.print()
-    if view.is_plain:
+    if view.is_spoken:
         for name, dense, skipped, ratio in found.rows():
             console.print(f"{name}: dense {dense}, skipped {skipped}, ratio {ratio}", soft_wrap=True)
     else:

@@ -144,7 +144,7 @@ def _reader(opening: Opening, options: Options, view: ChatView) -> Reader:
             view.tell(greeting)
         return PlainReader()
     opening.begin()
-    from svcli.chat.prompt import LineEditor
+    from svcli.chat.editor.prompt import LineEditor
 
     if not options.is_quiet:
         view.tell(greeting, dim=True)

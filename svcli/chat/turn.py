@@ -76,7 +76,7 @@ class Teller:
             turn.notes.append(ENDINGS[turn.stop_reason])
             view.note(turn.notes[-1])
         if turn.stats is not None:
-            view.footer(spoken_line(turn.stats) if view.is_plain else closing_line(turn.stats))
+            view.footer(spoken_line(turn.stats) if view.is_spoken else closing_line(turn.stats))
             if self.is_verbose:
                 view.pairs("", table(turn.stats, session.runner.engine.capacity))
         for sink in self._sinks:

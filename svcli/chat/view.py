@@ -25,9 +25,12 @@ class ChatView:
     """
 
     def __init__(self, quiet: bool = False, plain: bool = False, tells_answers: bool = True) -> None:
-        self._console = ui.stderr()
+        self._console = ui.stderr(is_plain=plain)
         self._quiet, self._tells_answers = quiet, tells_answers
+        self.is_spoken = plain
+        """Words are chosen to be read aloud."""
         self.is_plain = plain or self._console.is_dumb_terminal
+        """Nothing is drawn over."""
         self._decorated = self._console.is_terminal and not quiet
         self._waiting = False
         self._at_line_start = True
@@ -84,12 +87,12 @@ class ChatView:
         if messages and not self._quiet:
             self.end_line()
             for message in messages:
-                ui.note(message)
+                ui.note(message, self._console)
 
     def error(self, message: str) -> None:
         """What went wrong, where the conversation goes on."""
         self.end_line()
-        ui.error(message)
+        ui.error(message, self._console)
 
     def tell(self, *lines: str, dim: bool = False) -> None:
         """What a command was asked for."""
@@ -102,8 +105,8 @@ class ChatView:
     def pairs(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """A title and what is known about it."""
         self.end_line()
-        if self.is_plain:
-            self.tell(title, *(f"{name}: {value}" for name, value in rows))
+        if self.is_spoken:
+            self.tell(*([title] if title else []), *(f"{name}: {value}" for name, value in rows))
         else:
             encoded = [(ui.encodable(self._console, name), ui.encodable(self._console, value)) for name, value in rows]
             ui.pairs(title, encoded, self._console)
@@ -111,7 +114,7 @@ class ChatView:
     def footer(self, parts: Sequence[str]) -> None:
         """`parts` as one dim line, broken only between parts, on a terminal only."""
         if self._decorated:
-            separator = "; " if self.is_plain else " · "
+            separator = "; " if self.is_spoken else " · "
             for line in ui.pack(parts, self._console.width, separator):
                 self._console.print(ui.encodable(self._console, line), style="dim", soft_wrap=True)
 

@@ -58,7 +58,9 @@ def chat(
         bool, typer.Option("--allow-private-urls", help="Fetch pictures from this machine's own network, too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a turn on stdout instead of text.")] = False,
-    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines on stdout: pieces as they come, turns.")] = False,
+    as_jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="JSON lines on stdout: pieces as they come, turns.")
+    ] = False,
     plain: Annotated[
         bool, typer.Option("--plain", help="Nothing drawn over, nothing decorated, such as for a screen reader.")
     ] = False,

@@ -33,9 +33,7 @@ class Screen(io.StringIO):
     @property
     def lines(self) -> list[str]:
         """From the first that scrolled out to the last that has something."""
-        out = [
-            "".join(row[column].data for column in range(self._screen.columns)) for row in self._screen.history.top
-        ]
+        out = ["".join(row[column].data for column in range(self._screen.columns)) for row in self._screen.history.top]
         shown = [line.rstrip() for line in [*out, *self._screen.display]]
         while shown and not shown[-1]:
             shown.pop()

@@ -152,9 +152,9 @@ def test_more_pictures_than_the_bundle_takes_are_refused(bundle: Path, picture: 
 
 
 def test_a_picture_without_a_question_is_refused(bundle: Path, picture: Path) -> None:
-    done = chat(picture, "--model", bundle)
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert "Missing argument 'QUESTION'" in done.stderr
+    refused(chat(picture, "--model", bundle), 2, "no question")
+    refused(chat("--model", bundle), 2, "no question")
+    refused(chat("what is this?", "--model", bundle), 2, "no such picture")
     refused(chat("what is this?", picture, "--model", bundle), 2, "comes last")
 
 

@@ -105,6 +105,6 @@ def test_ctrl_c_with_json_gives_what_was_said_so_far(
         yield Piece("A red")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Conversation, "ask", interrupted)
+    monkeypatch.setattr(Conversation, "answer", interrupted)
     said = json.loads(chat(picture, "what is this?", "--model", bundle, "--json", code=130).stdout)
     assert (said["answer"], said["stop_reason"]) == ("A red", "interrupted")

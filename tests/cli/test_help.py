@@ -23,6 +23,7 @@ HEAVY = {
     "numpy",
     "onnx",
     "onnxruntime",
+    "prompt_toolkit",
     "safetensors",
     "tokenizers",
     "torch",

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from svcli import ui
+from svcli.chat.view import ChatView
 
 PARTS = ["256→66 visual tokens", "KV 1.5→0.4 MiB", "vision 82 ms", "prefill 15 ms", "210 tok/s", "onnxruntime int8"]
 
@@ -30,7 +31,7 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
 
 
 def test_in_a_pipe_only_the_answer_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    view = ui.ChatView()
+    view = ChatView()
     view.wait("looking")
     view.say("A red")
     view.say(" ball.")
@@ -44,19 +45,20 @@ def test_on_a_terminal_the_waiting_line_gives_way_to_the_answer(monkeypatch: pyt
     shared = Terminal()
     monkeypatch.setattr(sys, "stdout", shared)
     monkeypatch.setattr(sys, "stderr", shared)
-    view = ui.ChatView()
+    view = ChatView()
     view.wait("looking")
     view.say("Yes.")
     view.end_line()
     view.footer(PARTS[:1])
-    assert "looking\x1b[0m\r\x1b[2KYes.\n" in shared.getvalue()
+    # While a line is drawn, the terminal does not break it.
+    assert "looking\x1b[0m\r\x1b[2K\x1b[?7lYes.\x1b[?7h\n" in shared.getvalue()
     assert "256→66 visual tokens" in shared.getvalue().splitlines()[-1]
 
 
 def test_quiet_draws_nothing_even_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    view = ui.ChatView(quiet=True)
+    view = ChatView(quiet=True)
     view.wait("looking")
     view.footer(PARTS)
     assert screen.getvalue() == ""
@@ -67,7 +69,7 @@ def test_a_dumb_terminal_gets_no_escape_sequences(monkeypatch: pytest.MonkeyPatc
     screen = Terminal()
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys, "stderr", screen)
-    view = ui.ChatView()
+    view = ChatView()
     view.wait("looking")
     view.footer(PARTS)
     ui.error("no such file")
@@ -81,7 +83,7 @@ def test_an_encoding_without_arrows_gets_plain_signs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "dumb")
-    ui.ChatView().footer(PARTS[:2])
+    ChatView().footer(PARTS[:2])
     assert raw.getvalue() == b"256->66 visual tokens | KV 1.5->0.4 MiB\n"
 
 

@@ -1,4 +1,4 @@
-"""The line editor: history, search, several lines, completion. Knows prompt_toolkit, which no other command loads."""
+"""Reading lines: history, search, several lines, completion."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from svcli.chat.completion import ChatCompleter
-from svcli.chat.history import KeptHistory
+from svcli.chat.editor.completion import ChatCompleter
+from svcli.chat.editor.history import KeptHistory
 from svcli.chat.opening import Opening
 from svcli.chat.reader import is_open_block
 from svcli.ui import printable
