@@ -15,6 +15,7 @@ from svcli.chat.facts import measured
 from svcli.chat.model import DENSE
 from svcli.chat.session import Session
 from svcli.errors import UsageError
+from svcli.remarks import dense_remarks
 
 if TYPE_CHECKING:
     from svcli_engines.answer import Stats
@@ -79,21 +80,30 @@ class Comparison:
         return self.dense.ids == self.skipped.ids
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """What is compared: dense, skipped, and their ratio."""
+        """What is compared: dense, skipped, and their ratio, of times with the range over pairs of runs."""
         dense, skipped = self.dense.runs[0], self.skipped.runs[0]
-        rows = [
-            _row("visual tokens", dense.visual_tokens_kept, skipped.visual_tokens_kept, str),
-            _row("KV cache of the prompt", _prompt_bytes(dense), _prompt_bytes(skipped), ui.size),
-            _row("KV cache at the end", dense.kv_bytes, skipped.kv_bytes, ui.size),
-        ]
-        for name, measure in (
-            ("vision", "vision_seconds"),
-            ("prefill", "prefill_seconds"),
-            ("first token", "first_token_seconds"),
-        ):
-            rows.append(_row(name, self.dense.median(measure), self.skipped.median(measure), _precisely))
-        rates = [side.median("decode_tokens_per_second") for side in (self.dense, self.skipped)]
-        return [*rows, _row("tokens per second", rates[0], rates[1], lambda rate: f"{rate:.0f}" if rate else "-")]
+        counted: tuple[tuple[str, float, float, Callable[[Any], str]], ...] = (
+            ("visual tokens", dense.visual_tokens_kept, skipped.visual_tokens_kept, str),
+            ("KV cache of the prompt", _prompt_bytes(dense), _prompt_bytes(skipped), ui.size),
+            ("KV cache at the end", dense.kv_bytes, skipped.kv_bytes, ui.size),
+        )
+        timed: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+            ("vision", "vision_seconds", _precisely),
+            ("prefill", "prefill_seconds", _precisely),
+            ("first token", "first_token_seconds", _precisely),
+            ("tokens per second", "decode_tokens_per_second", lambda rate: f"{rate:.0f}" if rate else "-"),
+        )
+        rows = [(name, say(one), say(other), _said(_ratio(one, other))) for name, one, other, say in counted]
+        for name, measure, say in timed:
+            one, other = self.dense.median(measure), self.skipped.median(measure)
+            rows.append((name, say(one), say(other), _said(_ratio(one, other), self.ratios(measure))))
+        return rows
+
+    def ratios(self, measure: str) -> list[float]:
+        """Skipped over dense, of each pair of runs that says anything."""
+        pairs = zip(self.dense.runs, self.skipped.runs, strict=True)
+        found = (_ratio(getattr(dense, measure), getattr(skipped, measure)) for dense, skipped in pairs)
+        return [ratio for ratio in found if ratio is not None]
 
     def told(self) -> dict[str, Any]:
         """For programs."""
@@ -107,7 +117,11 @@ class Comparison:
             "dense": self.dense.told(),
             "skipped": self.skipped.told(),
             "ratio": {
-                measure: _ratio(self.dense.median(measure), self.skipped.median(measure)) for measure in _MEASURES
+                measure: {
+                    "of_medians": _ratio(self.dense.median(measure), self.skipped.median(measure)),
+                    "of_pairs": self.ratios(measure),
+                }
+                for measure in _MEASURES
             },
             "notes": list(self.notes),
         }
@@ -154,7 +168,7 @@ def compare(
             session.model.runner(variant).engine.reset()
     dense, other = (Side(each, answers[each].content, answers[each].ids or (), tuple(runs[each])) for each in variants)
     names = tuple(picture.name for picture in session.pictures[: len(images)])
-    return Comparison(messages[-1].content, names, dense, other, tuple(_notes(session, skipped)))
+    return Comparison(messages[-1].content, names, dense, other, tuple(dense_remarks(session.model.manifest)))
 
 
 def parted(answer: str, num_common: int) -> tuple[str, str, str]:
@@ -195,15 +209,6 @@ def _run(
     return conversation.messages[-1], stats
 
 
-def _notes(session: Session, skipped: str) -> list[str]:
-    trained = session.model.runner(skipped).manifest.config.skip_trained
-    if trained:
-        return [
-            "this model was trained with skipping, not to run dense: dense answers show what the weights make of it"
-        ]
-    return ["this model was not trained to skip: the dense answer is the one that it was trained for"]
-
-
 def _common(first: Sequence[object], second: Sequence[object]) -> int:
     count = 0
     for mine, theirs in zip(first, second, strict=False):
@@ -217,14 +222,15 @@ def _prompt_bytes(stats: Stats) -> float:
     return stats.num_prompt_rows * stats.kv_bytes / stats.kv_rows
 
 
-def _row(name: str, dense: float, skipped: float, say: Callable[[Any], str]) -> tuple[str, str, str, str]:
-    ratio = _ratio(dense, skipped)
-    return name, say(dense), say(skipped), "-" if ratio is None else f"{ratio:.2f}"
-
-
 def _ratio(dense: float, skipped: float) -> float | None:
     """Skipped over dense; None where that says nothing."""
     return skipped / dense if dense and skipped else None
+
+
+def _said(ratio: float | None, pairs: Sequence[float] = ()) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}" + (f", {min(pairs):.2f} to {max(pairs):.2f}" if len(pairs) > 1 else "")
 
 
 def _precisely(seconds: float) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SKIPPED = "skipped"
 """The graphs that a bundle always has, where they skip."""
 DENSE = "dense"
-"""The same weights, with nothing skipped."""
+"""The same weights, with nothing skipped; the manifest calls them so, too."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Model:
     @property
     def variants(self) -> tuple[str, ...]:
         """Names of all that `runner` takes."""
-        return (self.own_variant, *getattr(self.manifest, "variants", ()))
+        return (self.own_variant, *self.manifest.variants)
 
     def runner(self, variant: str) -> Runner:
         """Raises what opening the engine does, BundleError for a broken tokenizer or a variant that is not there."""
@@ -69,9 +69,4 @@ class Model:
             return self.manifest
         if variant == SKIPPED:
             raise UsageError("the graphs of this bundle skip nothing, so there is nothing to switch on")
-        if not hasattr(self.manifest, "variant"):
-            raise UsageError(
-                f"this bundle has no variant {variant!r}: `svcli export BUNDLE -o BUNDLE --variant {variant}`"
-            )
-        found: Manifest = self.manifest.variant(variant)
-        return found
+        return self.manifest.variant(variant)

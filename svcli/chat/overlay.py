@@ -1,10 +1,12 @@
-"""What was retained of a picture, shown to the user."""
+"""What the model retained of a picture, drawn in the terminal or written as PNG."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svcli import ui
+from svcli.chat.pictures import Picture
 from svcli.chat.session import Session
 from svcli.errors import UsageError
 
@@ -14,18 +16,51 @@ if TYPE_CHECKING:
     from svcli.chat.view import ChatView
 
 
-def marked_picture(session: Session, number: int) -> Image.Image:
-    """Picture `number`, from 1 on, with what was retained of it marked.
+def marked(session: Session, picture: Picture) -> Image.Image:
+    """One of the session's pictures, with what was retained of it marked.
 
-    Raises UsageError where there is no such picture, or nobody can tell what was retained.
+    Raises OverlayError where nothing was selected or this engine cannot tell.
     """
-    raise UsageError(f"picture {number}")
+    from svcli_engines.overlay import mark_retained
+
+    runner = session.runner
+    # What is encoded here, the next question need not encode again.
+    runner.conversation.images = [each.image for each in session.pictures]
+    seen, retained = runner.conversation.retained(picture.image)
+    return mark_retained(picture.image, retained, runner.manifest.config, runner.manifest.image, seen.cut)
 
 
 def show_picture(session: Session, number: int, view: ChatView) -> None:
-    """Draws it in the terminal."""
-    raise UsageError(f"picture {number}")
+    """Draws picture `number`, from 1 on; without marks, and saying so, where nothing can be marked.
+
+    Raises UsageError where there is no such picture.
+    """
+    from svcli.terminal_pictures import draw
+    from svcli_engines.overlay import OverlayError
+
+    if not 0 < number <= len(session.pictures):
+        raise UsageError(f"there is no picture {number}; /image list shows all")
+    picture = session.pictures[number - 1]
+    view.wait("looking...")
+    image, told = picture.image, picture.name
+    try:
+        image = marked(session, picture)
+        told = f"{picture.name}: what is not grey was retained"
+    except OverlayError as error:
+        view.note(str(error))
+    view.end_line()
+    draw(image, ui.stderr(is_plain=view.is_plain))
+    view.tell(told)
 
 
 def save_overlay(session: Session, path: Path) -> None:
-    """Writes it as PNG."""
+    """Writes the picture with its marks as PNG; of several, each with its number behind the name.
+
+    Raises OverlayError as `marked` does, or OSError.
+    """
+    pictures = session.pictures
+    if not pictures:
+        raise UsageError("there is no picture to mark")
+    for number, picture in enumerate(pictures, 1):
+        place = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{number}")
+        marked(session, picture).save(place, "PNG")

@@ -43,7 +43,8 @@ def show_comparison(found: Comparison, view: ChatView) -> None:
     runs = f"{found.num_runs} runs" if found.num_runs > 1 else "1 run"
     _say(
         console,
-        f"Times are medians, n = {runs} of each in turns, behind one that does not count;"
+        f"Times are medians of n = {runs} of each in turns, behind one that does not count, and ratios have their"
+        " range over pairs;"
         f" {engine.engine} {engine.precision}.",
         is_drawn,
     )

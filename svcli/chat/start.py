@@ -59,6 +59,8 @@ class Options:
 
 def start(given: Arguments, options: Options) -> int:
     """Runs it to its end; returns the exit code. Raises what goes wrong."""
+    if options.compares and options.overlay:
+        raise UsageError("--save-overlay goes with one answer, and not with --compare")
     if given.question is None and (options.compares or options.overlay):
         name = "--compare" if options.compares else "--save-overlay"
         raise UsageError(f'{name} goes with a question: svcli chat IMAGE "QUESTION" {name}')
@@ -101,10 +103,6 @@ def _once(given: Arguments, question: str, options: Options, view: ChatView, tel
     try:
         notes = _notes(session)
         view.note(*notes)
-        if options.overlay:
-            from svcli.chat.overlay import save_overlay
-
-            save_overlay(session, options.overlay)
         if options.compares:
             with view.answering():
                 found = compare(session, question, view.wait)
@@ -115,6 +113,10 @@ def _once(given: Arguments, question: str, options: Options, view: ChatView, tel
             return 0
         names = [picture.name for picture in session.waiting]
         turn = teller.tell(session, Turn(question, names, notes=notes), lambda: session.ask(question))
+        if options.overlay:
+            from svcli.chat.overlay import save_overlay
+
+            save_overlay(session, options.overlay)
         return INTERRUPTED if turn.stop_reason == facts.INTERRUPTED else 0
     finally:
         session.model.close()

@@ -25,7 +25,9 @@ class ChatCompleter(Completer):
         del complete_event
         line = document.text_before_cursor
         if line.startswith("/") and " " not in line and "/" not in line[1:]:
-            yield from _among((f"/{name}" for name in COMMANDS), line)
+            yield from _among(
+                (f"/{each.name} " if each.arguments else f"/{each.name}" for each in COMMANDS.values()), line
+            )
             return
         command, _, rest = line.partition(" ")
         word = _last_word(rest if line.startswith("/") else line)

@@ -12,6 +12,7 @@ from prompt_toolkit.application import get_app
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
@@ -20,6 +21,9 @@ from svcli.chat.editor.history import KeptHistory
 from svcli.chat.opening import Opening
 from svcli.chat.reader import is_open_block
 from svcli.ui import printable
+
+_MOST = 1_000_000
+"""Lines of history, at most."""
 
 
 class LineEditor:
@@ -33,6 +37,7 @@ class LineEditor:
         output = _Output.from_pty(stream, term=os.environ.get("TERM"))
         self._session: PromptSession[str] = PromptSession(
             output=output,
+            color_depth=ColorDepth.from_env(),  # NO_COLOR
             history=KeptHistory(history),
             completer=ChatCompleter(lambda: opening.session),
             complete_while_typing=False,
@@ -90,8 +95,11 @@ def _keys() -> KeyBindings:
 
     @keys.add("c-c", filter=typing)
     def _(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
+        buffer = event.current_buffer
+        if buffer.text:
+            # What was looked up in the history stays as it is there.
+            buffer.history_forward(count=_MOST)
+            buffer.text = ""
         else:
             event.app.exit(exception=KeyboardInterrupt)
 
