@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from skipvision.training.conversation import Broken, broken_samples
-from skipvision.training.distributed import Processes, joined, shard, whole
+from skipvision.training.distributed import Processes, joined, shard, split_again, whole
 from skipvision.training.errors import NotFiniteError, StateError, TrainError
 from skipvision.training.events import (
     BrokenEvent,
@@ -216,6 +216,7 @@ class _Run:
         self.task.module.eval()
         with torch.no_grad(), self.updater.autocast():
             found = self.task.validate()
+        split_again(self.task.module)
         step = self.progress.step
         answers = self.processes.exchange([dict(found.scores), [asdict(each) for each in found.broken]])
         self._count_broken([Broken(**each) for _, broken in answers for each in broken], step)
