@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from skipvision.training.conversation import Broken, broken_samples
 from skipvision.training.distributed import Processes, joined, shard, split_again, whole
-from skipvision.training.errors import NotFiniteError, StateError, TrainError
+from skipvision.training.errors import NotFiniteError, TrainError, not_written
 from skipvision.training.events import (
     BrokenEvent,
     DoneEvent,
@@ -262,9 +262,7 @@ class _Run:
             try:
                 self.task.write_checkpoint(folder, state)
             except (OSError, SafetensorError) as error:
-                raise StateError(
-                    f"{folder}: could not be written ({error}); the same command writes it once that is mended"
-                ) from None
+                raise not_written(folder, error, "writes it") from None
         self.processes.wait()
         return folder
 
