@@ -92,7 +92,7 @@ def test_a_sound_bundle_agrees_stage_by_stage(bundle: Path, picture: Path) -> No
 def test_a_variant_is_held_against_the_model_with_its_own_setting(
     bundle: Path, checkpoint: Path, picture: Path
 ) -> None:
-    asked = [bundle, "--variant", "dense", "--images", picture]
+    asked: list[str | Path] = [bundle, "--variant", "dense", "--images", picture]
     for reference in ((), ("--checkpoint", checkpoint)):
         said = told(*asked, "--engines", "onnxruntime", *reference)
         assert (said["variant"], said["agrees"], said["engines"][0]["agreement"]) == ("dense", True, 1)
