@@ -29,7 +29,7 @@ def open_engine(
 ) -> Engine:
     """`threads` are for onnxruntime, `compiled` is for torch.
 
-    Raises UsageError for threads of another engine, or what the engine raises.
+    Raises UsageError for threads of another engine, for a variant in TensorRT, or what the engine raises.
     """
     on_gpu = name in (EngineName.ONNXRUNTIME_CUDA, EngineName.TORCH_CUDA)
     is_onnxruntime = name in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA)
@@ -43,6 +43,11 @@ def open_engine(
         from svcli_engines.torch_engine import TorchEngine
 
         return TorchEngine.of_bundle(bundle, manifest, device="cuda" if on_gpu else "cpu", compiled=compiled)
+    if manifest.contract.variant:
+        raise UsageError(
+            f"TensorRT plans are of a bundle's own graphs, not of its variant {manifest.contract.variant}; choose"
+            " another engine, or export the setting as a bundle of its own"
+        )
     from svcli_engines.tensorrt_engine import TensorRTEngine
 
     return TensorRTEngine(bundle, manifest, backend="tensorrt" if name is EngineName.TENSORRT else "tensorrt-rtx")

@@ -43,6 +43,7 @@ _USERS_INPUT = frozenset(
         "NoBundleError",
         "NoCheckpointError",
         "NoModelError",
+        "NoVariantError",
         "ProfileError",
         "PromptError",
         "SamplingError",

@@ -49,10 +49,12 @@ class GraphSpec(_Frozen):
     name: GraphName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    variant: str = ""
+    """Of which variant of a bundle; empty where it is none of a variant's."""
 
     @property
     def file(self) -> str:
-        return f"{self.name}.onnx"
+        return f"{self.variant}.{self.name}.onnx" if self.variant else f"{self.name}.onnx"
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -79,6 +81,16 @@ class Contract(_Frozen):
 
     def graph(self, name: GraphName) -> GraphSpec:
         return next(graph for graph in self.graphs if graph.name == name)
+
+    def of_variant(self, name: str) -> Contract:
+        """The same in the graph files of a variant."""
+        graphs = tuple(graph.model_copy(update={"variant": name}) for graph in self.graphs)
+        return self.model_copy(update={"graphs": graphs})
+
+    @property
+    def variant(self) -> str:
+        """Whose graphs they are; empty where they are none of a variant's."""
+        return self.graphs[0].variant
 
     @property
     def compute_dtype(self) -> DType:
