@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from skipvision.config import ConfigError, ModelConfig, Transparency, from_mapping
 from svcli_export.contract import Contract, ContractError, GraphName, build_contract
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 LARGE_FILE = 256 << 20
