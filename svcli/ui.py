@@ -1,5 +1,5 @@
-"""What is drawn: results go to stdout, all else to stderr. Only this, chat/view.py, chat/markdown.py and
-training/panel.py know rich.
+"""What is drawn: results go to stdout, all else to stderr. This, terminal_pictures.py, training/panel.py, and view.py,
+markdown.py and side_by_side.py in chat/ alone know rich.
 
 Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals.
 """

@@ -132,8 +132,8 @@ def export_bundle(
             tools=_tools(),
             check=checks[0],
             variants={
-                each.contract.variant: _variant(each, *outcome)
-                for each, *outcome in list(zip(settings, ops, checks, strict=True))[1:]
+                each.contract.variant: _variant(each, ops[number], checks[number])
+                for number, each in enumerate(settings[1:], start=1)
             },
         )
         text = manifest.model_dump_json(indent=1, by_alias=True)

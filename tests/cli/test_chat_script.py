@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from svcli.app import app
+from svcli.chat.pictures import Picture
 from svcli_engines.generate import Conversation, Piece
 
 QUESTION = "what is this?"
@@ -159,7 +160,22 @@ def test_exit_leaves_the_rest_unread(bundle: Path, picture: Path) -> None:
 
 def test_help_names_every_command(bundle: Path) -> None:
     told = script(bundle, lines="/help\n").stderr
-    for name in "image clear regen undo save load set stats system copy skip compare help exit".split():
+    for name in [
+        "image",
+        "clear",
+        "regen",
+        "undo",
+        "save",
+        "load",
+        "set",
+        "stats",
+        "system",
+        "copy",
+        "skip",
+        "compare",
+        "help",
+        "exit",
+    ]:
         assert f"/{name}" in told
 
 
@@ -204,9 +220,7 @@ def test_a_damaged_conversation_changes_nothing(bundle: Path, picture: Path, tmp
     refused(bundle, lines=f"/load {saved}\n", words="ids that the model does not have")
 
 
-def test_a_picture_from_stdin_is_saved_as_it_is(bundle: Path, tmp_path: Path) -> None:
-    from svcli.chat.pictures import Picture
-
+def test_a_picture_from_stdin_is_saved_as_it_is() -> None:
     image = Image.new("RGB", (8, 8), "red")
     assert Picture("standard input", None, image).reference.startswith("data:image/png;base64,")
 

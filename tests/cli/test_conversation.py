@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from svcli.settings import bundled_model
 from tests.cli.screens import Conversation
 
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from onnx import numpy_helper
 from typer.testing import CliRunner, Result
 
+from skipvision.tiles import Cut
 from svcli.app import app
+from svcli_engines.base import Pixels, Visual
 from svcli_engines.onnx_engine import OnnxEngine
 from svcli_export.bundle import export_bundle
 from svcli_export.manifest import file_entry
@@ -92,7 +95,7 @@ def test_a_sound_bundle_agrees_stage_by_stage(bundle: Path, picture: Path) -> No
 def test_a_variant_is_held_against_the_model_with_its_own_setting(
     bundle: Path, checkpoint: Path, picture: Path
 ) -> None:
-    asked = [bundle, "--variant", "dense", "--images", picture]
+    asked: list[str | Path] = [bundle, "--variant", "dense", "--images", picture]
     for reference in ((), ("--checkpoint", checkpoint)):
         said = told(*asked, "--engines", "onnxruntime", *reference)
         assert (said["variant"], said["agrees"], said["engines"][0]["agreement"]) == ("dense", True, 1)
@@ -162,7 +165,12 @@ def test_values_that_are_not_numbers_are_null_in_json(
     bundle: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = OnnxEngine.encode
-    monkeypatch.setattr(OnnxEngine, "encode", lambda self, pixels, cut=None: encode(self, pixels, cut) * np.nan)
+
+    def broken(self: OnnxEngine, pixels: Pixels, cut: Cut | None = None) -> Visual:
+        visual = encode(self, pixels, cut)
+        return replace(visual, rows=visual.rows * np.nan)
+
+    monkeypatch.setattr(OnnxEngine, "encode", broken)
     said = told(bundle, "--images", picture, "--engines", "onnxruntime", code=1)
     vision = said["engines"][0]["stages"][0]
     assert (vision["max_error"], vision["cosine"], vision["norm_ratio"]) == (None, -1.0, None)

@@ -352,6 +352,10 @@ def test_inspection_shows_what_skipping_saves(pristine: Path) -> None:
     assert summary.kv_reduced.bytes_total == 2 * summary.kv_reduced.bytes_per_layer
     assert summary.kv_reduced.bytes_total == contract.capacity * contract.kv_bytes_per_row
     assert summary.manifest.graphs["vision"].custom_ops == {"TokenGather": 6, "SummaryPool": 2}
-    assert summary.manifest.graphs["prefill"].custom_ops == {"TokenGather": 1 + 2 * 2, "CacheWrite": 2 * 2}
+    assert summary.manifest.graphs["prefill"].custom_ops == {
+        "TokenGather": 1 + 2 * 2,
+        "CacheWrite": 2 * 2,
+        "CacheRead": 1 + 2 * 2,
+    }
     assert summary.manifest.graphs["decode"].custom_ops == {"CacheWrite": 2 * 2, "CacheRead": 1 + 2 * 2}
     assert summary.size == sum(path.stat().st_size for path in pristine.iterdir() if path.name != "manifest.json")

@@ -51,7 +51,8 @@ def plain_bundle(checkpoint: Path) -> Path:
 
 
 def export(source: Path, output: Path, **options: Any) -> Manifest:
-    return export_bundle(source, output, **({"precision": "fp32", "max_context": 96} | options))
+    settings: dict[str, Any] = {"precision": "fp32", "max_context": 96} | options
+    return export_bundle(source, output, **settings)
 
 
 def checkpoint_of(config: ModelConfig, folder: Path) -> Path:
@@ -118,7 +119,7 @@ def test_the_dense_variant_is_pytorch_without_skipping(checkpoint: Path, tmp_pat
     found = verify(plain, dense.contract, tmp_path / "bundle", samples)
     assert violations(found, precision) == []
     # The check sees it where PyTorch is another model.
-    plain.decoder.layers[0].ffn.down.weight.data *= 1.5
+    plain.get_parameter("decoder.layers.0.ffn.down.weight").data *= 1.5
     assert violations(verify(plain, dense.contract, tmp_path / "bundle", samples), precision)
 
 
