@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -126,6 +127,10 @@ def test_a_picture_that_is_dropped_on_the_line_goes_with_the_question(
     talk.until("\n>")
     talk.ask(f"'{tmp_path}/my picture.png' ", "goes with the next question", "my picture.png >")
     talk.ask("what is this?", "16→6 visual tokens")
+    talk.ask("/copy", "sent to the clipboard")
+    encoded = re.search(r"\x1b]52;c;([A-Za-z0-9+/=]+)\a", talk.raw)
+    assert encoded is not None
+    assert base64.b64decode(encoded[1]).decode() in talk.text
     assert talk.leave(CTRL_D) == 0
 
 
