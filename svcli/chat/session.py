@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -53,14 +53,14 @@ class Session:
     def system(self) -> str | None:
         return self.messages[0].content if self.messages and self.messages[0].role == "system" else None
 
-    def ask(self, question: str) -> Iterator[Event]:
+    def ask(self, question: str) -> Generator[Event]:
         """Yields what Conversation.answer does. Raises PromptError where the question does not fit; nothing has changed
         then, and also not where it is broken off before the first word."""
         from svcli_export.chat import Message
 
         return self._answer([*self.messages, Message("user", question, images=len(self.waiting))], self.pictures)
 
-    def ask_again(self) -> Iterator[Event]:
+    def ask_again(self) -> Generator[Event]:
         """The last question, for another answer. Raises UsageError where there is none."""
         return self._answer(self.messages[: self._last_question() + 1], self.shown)
 
@@ -117,7 +117,7 @@ class Session:
         self.model.runner(variant)
         self.variant = variant
 
-    def _answer(self, messages: list[Message], pictures: list[Picture]) -> Iterator[Event]:
+    def _answer(self, messages: list[Message], pictures: list[Picture]) -> Generator[Event]:
         conversation = self.runner.conversation
         events = conversation.answer(messages, [each.image for each in pictures], self.sampling)
         # A conversation hands out another list where an answer was begun.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class Teller:
         self.view, self.is_verbose = view, is_verbose
         self._sinks = sinks
 
-    def tell(self, session: Session, turn: Turn, events: Callable[[], Iterator[Event]]) -> Turn:
+    def tell(self, session: Session, turn: Turn, events: Callable[[], Generator[Event]]) -> Turn:
         """Runs the answer to its end, or to Ctrl-C, which is no error here: the turn says so.
 
         Raises what `events` does, before anything of the answer is there.
@@ -60,8 +61,8 @@ class Teller:
         view = self.view
         view.wait("looking..." if session.waiting else "thinking...")
         try:
-            with view.answering():
-                for event in events():
+            with view.answering(), closing(events()) as answer:
+                for event in answer:
                     if isinstance(event, Piece):
                         turn.answer += event.text
                         view.say(event.text)

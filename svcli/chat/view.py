@@ -7,14 +7,17 @@ import sys
 import termios
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.control import Control
 from rich.segment import ControlType
 
 from svcli import ui
-from svcli.chat.markdown import LiveMarkdown
 from svcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from svcli.chat.markdown import LiveMarkdown
 
 
 class ChatView:
@@ -35,7 +38,12 @@ class ChatView:
         self._waiting = False
         self._at_line_start = True
         results = ui.stdout()
-        self._markdown = LiveMarkdown(results) if _draws(results) and not self.is_plain else None
+        self._markdown: LiveMarkdown | None = None
+        if _draws(results) and not self.is_plain:
+            # Its parser takes longer to load than all the rest, for nothing in a pipe.
+            from svcli.chat.markdown import LiveMarkdown
+
+            self._markdown = LiveMarkdown(results)
 
     def __enter__(self) -> ChatView:
         return self
