@@ -176,6 +176,19 @@ def test_a_kill_in_the_midst_of_a_write_leaves_the_last_state(
     assert names(stopped) == ["step-000004", "step-000006"]
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_in_the_midst_of_a_write_leaves_nothing_half_written(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    def stop(_folder: Path) -> None:
+        raise end
+
+    monkeypatch.setattr(state_module, "_folder_to_disk", stop)
+    with pytest.raises(end):
+        run_toy(stopped)
+    assert names(stopped) == ["step-000002", "step-000004"]
+
+
 def test_a_kill_while_old_states_go_leaves_whole_ones(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove = shutil.rmtree
 
