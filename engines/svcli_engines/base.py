@@ -107,8 +107,9 @@ class Engine(Protocol):
 class Pool(Protocol):
     """Several sequences of one model side by side, such as those of a server's callers."""
 
-    slots: Sequence[Engine]
-    """Each has a KV cache of its own, of `capacity` rows; whatever else there is of the model, they share."""
+    @property
+    def slots(self) -> Sequence[Engine]:
+        """Each has a KV cache of its own, of `capacity` rows; whatever else there is of the model, they share."""
 
     def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
         """`extend` by one id in each of some slots, by number: one run of the graph where the engine can.
@@ -155,12 +156,6 @@ def check_prefill(layout: TokenLayout, visual: Visual | None, capacity: int, len
     if not 0 < layout.num_kept <= capacity - length:
         behind = f" behind {length}" if length else ""
         raise EngineError(f"a prompt of {layout.num_kept} rows does not fit{behind} in a KV cache of {capacity}")
-
-
-def check_append(length: int, *, can_append: bool) -> None:
-    """Raises EngineError behind a cache of `length` rows where an engine begins with an empty one alone."""
-    if length and not can_append:
-        raise EngineError(f"these plans take pictures with the first prompt alone, and {length} rows are in the cache")
 
 
 def check_positions(end: int, max_positions: int) -> None:

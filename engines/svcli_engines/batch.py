@@ -50,7 +50,7 @@ class Row:
         if len(line) > MAX_LINE:
             return Row(number, error=f"larger than {MAX_LINE >> 20} MiB")
         try:
-            record = json.loads(line.decode())
+            record = json.loads(line.decode(), parse_constant=_refuse)
         except UnicodeDecodeError:
             return Row(number, error="not UTF-8")
         except (ValueError, RecursionError) as error:
@@ -149,6 +149,10 @@ def _read(number: int, record: object) -> Row:
     if not isinstance(images, list) or not all(isinstance(each, str) and each for each in images):
         raise RowError("its pictures are no paths")
     return Row(number, question, tuple(images), system)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _without_pictures(value: Any) -> Any:

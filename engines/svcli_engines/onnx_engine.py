@@ -69,7 +69,8 @@ class _Shared:
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
         session.run_with_iobinding(binding)
-        return self._logits[: len(slots)].copy()
+        logits: npt.NDArray[np.float32] = self._logits[: len(slots)].copy()
+        return logits
 
     def _bind(self, session: InferenceSession, slots: range) -> IOBinding:
         """What stays from step to step: hundreds of names in a deep model.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from svcli_export.chat import ChatTokenizer, Message
 from svcli_export.contract import Contract
 from svcli_export.manifest import Manifest
 from svcli_export.pixels import to_pixels, to_views
+from svcli_export.template import ChatError
 
 
 class PromptError(ValueError):
@@ -69,6 +72,8 @@ class Processor:
         if num_images > most:
             raise PromptError(f"{num_images} pictures are more than the {most} that this model was exported for")
         cuts = tuple([Cut(*[self.config.vision.image_size] * 2)] * num_images if cuts is None else cuts)
+        if any(message.role == "system" for message in messages) and not self.takes_system:
+            raise PromptError("the chat template of this model has no place for a system message")
         if len(cuts) != num_images:
             raise PromptError(f"the messages have {num_images} pictures and {len(cuts)} were given")
         ids = self._chat.encode(messages, cuts)
@@ -79,6 +84,20 @@ class Processor:
                 f"the conversation needs {layout.num_kept + 1} rows of context and there are {self.contract.capacity}"
             )
         return Prompt(ids, layout, cuts)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system message. Others refuse it, leave it out, or write it as if it
+        were an answer."""
+        asked, others = Message("user", "?"), []
+        try:
+            told = self._chat.encode([Message("system", "-"), asked])
+        except ChatError:
+            return False
+        with suppress(ChatError):
+            others.append(self._chat.encode([asked]))
+            others.append(self._chat.encode([Message("assistant", "-"), asked]))
+        return told not in others
 
     def spans(self, cut: Cut) -> tuple[ImageSpan, ...]:
         """The runs of rows of one picture, each of which has a placeholder id of its own."""

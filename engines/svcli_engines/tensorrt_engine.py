@@ -22,7 +22,6 @@ from svcli_engines.base import (
     Logits,
     Pixels,
     Visual,
-    check_append,
     check_extend,
     check_positions,
     check_prefill,
@@ -147,7 +146,9 @@ class TensorRTEngine:
         return self._fill(input_ids, visual, layout, 0, 0)
 
     def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        check_append(self._length, can_append=self.can_append)
+        if self._length and not self.can_append:
+            held = f"{self._length} rows are in the cache"
+            raise EngineError(f"a prefill plan of its own takes pictures with the first prompt alone, and {held}")
         return self._fill(input_ids, visual, layout, self._length, self._next_position)
 
     def _fill(

@@ -137,13 +137,14 @@ class TorchEngine:
     def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
         import torch
 
-        given = torch.from_numpy(pixels).to(self._device, self._dtype)
+        given, skip = torch.from_numpy(pixels).to(self._device, self._dtype), self._model.config.skip
         with torch.no_grad():
             tokens, paid = self._model.picture_tokens(given, cut)
             chosen = self._model.select(paid)
             rows = self._model.arrange(tokens, chosen)
-            is_choice = chosen is not None and self._model.config.skip.selector != "first"
-        return Visual(_numpy(rows), chosen[0].cpu().numpy() if is_choice else None)
+        if chosen is None or skip is None or skip.selector == "first":
+            return Visual(_numpy(rows))
+        return Visual(_numpy(rows), chosen[0].cpu().numpy())
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         return self._fill(input_ids, visual, layout, 0, 0)

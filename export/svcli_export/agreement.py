@@ -150,22 +150,24 @@ def agreeing_rows(
 ) -> RowAgreement:
     """How many of the matched rows `got` [n, k] count as those of `reference` [n, k].
 
-    Or, where that is less, of the tokens that either side says it `retained` [I, R]: the choice is another where two
-    are paid as good as the same, and then their rows are others too.
+    Or, where that is less, how many would if each token were one row that only the reference says it `retained` [I, R]:
+    the choice may be another where two are paid as good as the same, but then their rows are others too.
     """
     left, right = got.astype(np.float64), reference.astype(np.float64)
     left[~np.isfinite(left).all(1)] = 0
     lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     same = (left * right).sum(1) >= limit.same_row * lengths
-    shares = [float((same & (lengths > 0)).mean())] + ([same_choice(*retained)] if retained is not None else [])
-    return RowAgreement(min(shares), len(left))
+    num_same = int((same & (lengths > 0)).sum())
+    if retained is not None:
+        num_same = min(num_same, len(left) - other_choices(*retained))
+    return RowAgreement(num_same / len(left), len(left))
 
 
-def same_choice(got: Ints, reference: Ints) -> float:
-    """Share of the retained tokens `reference` [I, R] that are in `got` [I, R] too; 0 where that is not in order."""
+def other_choices(got: Ints, reference: Ints) -> int:
+    """How many of the retained tokens `reference` [I, R] are not in `got` [I, R]; all where that is not in order."""
     if got.shape != reference.shape or (np.diff(got, axis=1) <= 0).any():
-        return 0.0
-    return float(np.mean([np.isin(wanted, found) for found, wanted in zip(got, reference, strict=True)]))
+        return reference.size
+    return sum(int((~np.isin(wanted, found)).sum()) for found, wanted in zip(got, reference, strict=True))
 
 
 def agreement_of_all(pictures: Sequence[RowAgreement]) -> RowAgreement:

@@ -118,7 +118,7 @@ class States:
             self._together(lambda: self._new_folder(partial), "could not be made")
             files = self._together(write_shard, f"{final.name} could not be written")
             self._together(lambda: finish(dict(files)), f"{final.name} could not be written")
-        except StateError:
+        except (StateError, KeyboardInterrupt, SystemExit):
             if self.processes.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -35,7 +35,7 @@ def ask(
         Path,
         typer.Argument(
             metavar="DATA",
-            help='JSON lines: {"image": PATH, "question": TEXT}; `images` for several, `system`, and whatever else.',
+            help='JSON lines: {"image": PATH or URL, "question": TEXT}; `images` for several, `system`, and any other.',
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="JSON lines; goes on where it ends.")],
@@ -58,6 +58,9 @@ def ask(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed draws the same answers.")] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
+    allow_private_urls: Annotated[
+        bool, typer.Option("--allow-private-urls", help="Fetch pictures from this machine's own network, too.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where FILE exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -67,7 +70,8 @@ def ask(
     code is 1 then. Killed and started again, it goes on behind the last whole line.
     """
     from svcli_engines.batch import answer_rows
-    from svcli_engines.images import open_image
+    from svcli_engines.picture_sources import PictureSource, file_path, sent_picture
+    from svcli_engines.picture_urls import FetchLimits
     from svcli_engines.processor import Processor
     from svcli_engines.sampling import Sampling
     from svcli_engines.schedule import Scheduler
@@ -87,8 +91,14 @@ def ask(
     done, num_failed = (0, 0) if overwrite else _done(output, data, run)
     root = images or data.parent
 
+    limits = FetchLimits(allow_private=allow_private_urls)
+
     def open_picture(place: str) -> Image.Image:
-        return open_image(root / place, manifest.image.transparency).image
+        if "://" in place or place.startswith("data:"):
+            source = sent_picture(place)
+        else:
+            source = PictureSource(place, root / file_path(place))
+        return source.open(manifest.image.transparency, limits).image
 
     progress = ui.Progress(is_quiet=quiet)
     with progress, output.open("wb" if overwrite else "ab") as file:

@@ -320,6 +320,30 @@ def test_limits_are_told_in_numbers(processor: Processor) -> None:
         processor.prompt([])
 
 
+@pytest.mark.parametrize(
+    ("place", "takes"),
+    [
+        (
+            "{% if message.role == 'system' %}<pad>{% else %}<user>{% endif %}{{ message.content }}",
+            True,
+        ),
+        ("{% if message.role != 'system' %}<user>{{ message.content }}{% endif %}", False),
+        ("{% if message.role == 'user' %}<user>{% endif %}{{ message.content }}", False),
+    ],
+)
+def test_a_system_message_needs_a_place(exported: Exported, place: str, takes: bool) -> None:
+    template = "{% for message in messages %}" + place + "{% endfor %}<assistant>"
+    chat = exported.manifest.chat.model_copy(update={"template": template})
+    processor = Processor(exported.bundle, exported.manifest.model_copy(update={"chat": chat}))
+    messages = [Message("system", "a"), Message("user", "what?")]
+    assert processor.takes_system == takes
+    if takes:
+        assert processor.prompt(messages).ids[0] == 0
+    else:
+        with pytest.raises(PromptError, match="no place for a system message"):
+            processor.prompt(messages)
+
+
 SPECIAL = ["<pad>", "<image>", "<user>", "<assistant>", "<end>"]
 
 

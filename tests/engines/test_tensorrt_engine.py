@@ -297,6 +297,50 @@ def test_misuse_is_refused(skip: Exported) -> None:
         engine.extend([5])
 
 
+@pytest.mark.parametrize("kind", ["skip", "plain", "skip in fp16"])
+def test_a_shared_decoder_takes_a_picture_behind_what_was_said(
+    bundles: Callable[[str, EngineLayout], Exported], kind: str
+) -> None:
+    exported = bundles(kind, "shared")
+    engine, onnx_engine = start(exported).engine, exported.onnx_engine()
+    later = [IMAGE, 2, 7]
+    layout = TokenLayout.of(later, IMAGE, exported.manifest.config)
+    logits = []
+    for each in (engine, onnx_engine):
+        assert each.can_append
+        prefill(each, exported, PROMPTS["one image last"])
+        each.extend(QUESTION)
+        logits.append([each.append(later, each.encode(pixels(1)), layout), each.extend([5])])
+        length, position = each.length, each.next_position
+        each.extend([6, 7])
+        each.rewind(length, position)
+        logits[-1].append(each.extend([8]))
+    assert (engine.length, engine.next_position) == (onnx_engine.length, onnx_engine.next_position)
+    tolerance = TOLERANCES[exported.manifest.contract.precision]
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=tolerance)
+
+
+def test_a_prefill_of_its_own_begins_with_an_empty_cache(skip: Exported) -> None:
+    engine = start(skip).engine
+    assert not engine.can_append
+    layout = TokenLayout.of(PROMPTS["text only"], IMAGE, skip.manifest.config)
+    appended = engine.append(PROMPTS["text only"], None, layout)  # behind nothing
+    with pytest.raises(EngineError, match="with the first prompt alone, and 4 rows are in the cache"):
+        engine.append(PROMPTS["text only"], None, layout)
+    assert engine.length == 4
+    np.testing.assert_array_equal(engine.prefill(PROMPTS["text only"], None, layout), appended)
+
+
+def test_retained_tokens_are_those_of_the_onnx_engine(skip: Exported, tmp_path: Path) -> None:
+    for most in (1, 2):
+        engine = start(edited(skip, tmp_path / str(most), set_largest("vision.plan", "pixels", 0, most))).engine
+        told, expected = (each.encode(pixels(2)).retained for each in (engine, skip.onnx_engine()))
+        assert expected is not None
+        assert told is not None
+        assert told.dtype == np.int64
+        np.testing.assert_array_equal(told, expected)
+
+
 def set_largest(file: str, name: str, place: int, size: int) -> Edit:
     """Lowers what one dimension of an input may be."""
 

@@ -144,3 +144,17 @@ def test_rounding_itself_is_judged_against_weights_before_it() -> None:
     assert tolerance("int4", same_weights=False) != TOLERANCES["int4"]
     for precision in ("fp32", "fp16", "int8"):
         assert tolerance(precision, same_weights=False) == TOLERANCES[precision]
+
+
+def test_a_token_that_was_retained_otherwise_counts_as_a_row() -> None:
+    rows, wanted = np.ones((8, 3)), np.array([[0, 2, 5], [1, 2, 3]])
+    for told, share in (
+        ([[0, 2, 5], [1, 2, 3]], 1.0),
+        ([[0, 2, 6], [1, 2, 3]], 7 / 8),
+        ([[0, 2, 6], [0, 2, 4]], 5 / 8),
+        ([[0, 5, 2], [1, 2, 3]], 2 / 8),  # out of order
+        ([[0, 2], [1, 2]], 2 / 8),
+    ):
+        assert agreeing_rows(rows, rows, TOLERANCES["int8"], (np.array(told), wanted)).share == share
+    turned = np.concatenate([-rows[:4], rows[4:]])
+    assert agreeing_rows(turned, rows, TOLERANCES["int8"], (np.array([[0, 2, 6], [1, 2, 3]]), wanted)).share == 4 / 8

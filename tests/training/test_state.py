@@ -8,10 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -21,11 +19,11 @@ from skipvision.training import state as state_module
 from skipvision.training.distributed import Processes
 from skipvision.training.errors import NoRoomError, StateError
 from skipvision.training.events import Event, StepEvent, ValidationEvent
-from skipvision.training.index import Index
+from skipvision.training.index import scan
 from skipvision.training.loop import run
 from skipvision.training.run_log import RunLog
-from skipvision.training.samples import Measure
 from skipvision.training.state import Progress, States
+from tests.training.fake_speaker import PLAIN, WordSpeaker
 from tests.training.processes import ROOT, losses
 from tests.training.toy import ToyTask, toy_settings, toy_task
 
@@ -176,6 +174,19 @@ def test_a_kill_in_the_midst_of_a_write_leaves_the_last_state(
     assert names(stopped) == ["step-000004", "step-000006"]
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_in_the_midst_of_a_write_leaves_nothing_half_written(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    def stop(_folder: Path) -> None:
+        raise end
+
+    monkeypatch.setattr(state_module, "_folder_to_disk", stop)
+    with pytest.raises(end):
+        run_toy(stopped)
+    assert names(stopped) == ["step-000002", "step-000004"]
+
+
 def test_a_kill_while_old_states_go_leaves_whole_ones(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove = shutil.rmtree
 
@@ -258,9 +269,9 @@ def test_a_full_disk_is_told_whatever_is_written(
     with pytest.raises(NoRoomError, match="/dev/full: could not be written"):
         RunLog(Path("/dev/full")).write(ValidationEvent(1, {}, best=False), 1)
     monkeypatch.setattr("skipvision.training.index.save_file", fail)
-    counts = {each.name: np.zeros(1, np.int64) for each in fields(Measure)}
+    index = scan([], WordSpeaker(), PLAIN, 64, decode=False)
     with pytest.raises(NoRoomError, match=r"index: could not be written \(No space left on device\); the same"):
-        Index((1,), **counts).save(tmp_path / "index", "key")
+        index.save(tmp_path / "index", "key")
     monkeypatch.setattr(ToyTask, "write_checkpoint", fail)
     with pytest.raises(NoRoomError, match=r"checkpoint: could not be written \(No space.* writes it once"):
         run_toy(stopped)
