@@ -15,6 +15,7 @@ from svcli.chat.view import ChatView
 from svcli.errors import UsageError, explain
 from svcli.settings import debugging
 
+_LONGEST_LABEL = 28
 _MAKE_ROOM = "/undo, /clear, /image rm or a shorter question make room"
 
 
@@ -109,10 +110,13 @@ def _without_pictures(desk: Desk, line: str) -> str:
 
 
 def _label(names: list[str], is_plain: bool) -> str:
-    """What stands in front of the line that is typed."""
+    """What stands in front of the line that is typed; short, for the line's sake."""
+    told = ", ".join(names)
+    if len(told) > _LONGEST_LABEL:
+        told = f"{len(names)} pictures" if len(names) > 1 else f"...{told[-_LONGEST_LABEL:]}"
     if is_plain:
-        return f"You, with {', '.join(names)}: " if names else "You: "
-    return f"{', '.join(names)} > " if names else "> "
+        return f"You, with {told}: " if told else "You: "
+    return f"{told} > " if told else "> "
 
 
 def _sentence(error: Exception, session: Session) -> str:
