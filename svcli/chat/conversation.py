@@ -9,7 +9,7 @@ from svcli.__main__ import INTERRUPTED
 from svcli.chat import facts
 from svcli.chat.commands import Desk, Leave, add_pictures, ask, command_of, question_of, run_command
 from svcli.chat.opening import Opening
-from svcli.chat.reader import Reader
+from svcli.chat.reader import Reader, label
 from svcli.chat.session import Session
 from svcli.chat.view import ChatView
 from svcli.errors import UsageError, explain
@@ -31,7 +31,7 @@ def converse(
     while True:
         names = waiting if desk is None else [picture.short_name for picture in desk.session.waiting]
         try:
-            line = reader.read(_label(names, view.is_spoken))
+            line = reader.read(label(names, is_spoken=view.is_spoken))
         except EOFError:
             if not num_asked and not reader.is_interactive:
                 raise UsageError(
@@ -106,13 +106,6 @@ def _without_pictures(desk: Desk, line: str) -> str:
         names = ", ".join(path.name for path in paths)
         desk.view.tell(f"{names}: goes with the next question")
     return rest
-
-
-def _label(names: list[str], is_plain: bool) -> str:
-    """What stands in front of the line that is typed."""
-    if is_plain:
-        return f"You, with {', '.join(names)}: " if names else "You: "
-    return f"{', '.join(names)} > " if names else "> "
 
 
 def _sentence(error: Exception, session: Session) -> str:

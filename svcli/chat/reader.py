@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Protocol, TextIO
 
 BLOCK = '"""'
+_LONGEST_LABEL = 28
 
 
 class Reader(Protocol):
@@ -67,3 +69,13 @@ class ScriptReader:
         if not line:
             raise EOFError
         return line.rstrip("\r\n")
+
+
+def label(names: Sequence[str], *, is_spoken: bool = False) -> str:
+    """What stands in front of the line that is typed, with the pictures that go with it; short, for the line's sake."""
+    told = ", ".join(names)
+    if len(told) > _LONGEST_LABEL:
+        told = f"{len(names)} pictures" if len(names) > 1 else f"...{told[-_LONGEST_LABEL:]}"
+    if is_spoken:
+        return f"You, with {told}: " if told else "You: "
+    return f"{told} > " if told else "> "

@@ -107,7 +107,7 @@ class Session:
         """
         from svcli_export.chat import Message
 
-        if text and not self._takes_system():
+        if text and not self.runner.processor.takes_system:
             raise UsageError("the chat template of this model has no place for a system text")
         rest = self.messages if self.system is None else self.messages[1:]
         self.messages = [*([Message("system", text)] if text else []), *rest]
@@ -141,21 +141,3 @@ class Session:
         """The last `count` pictures that were shown wait again."""
         at = len(self.shown) - count
         self.shown, self.waiting = self.shown[:at], [*self.shown[at:], *self.waiting]
-
-    def _takes_system(self) -> bool:
-        """Templates of models that know none refuse it, leave it out, or write it as if it were an answer."""
-        from svcli_engines.processor import PromptError
-        from svcli_export.chat import Message
-        from svcli_export.template import ChatError
-
-        asked = Message("user", "?")
-        prompt = self.runner.processor.prompt
-        try:
-            told = prompt([Message("system", "Be brief."), asked]).ids
-        except (ChatError, PromptError):
-            return False
-        try:
-            as_answer = prompt([Message("assistant", "Be brief."), asked]).ids
-        except (ChatError, PromptError):
-            return True
-        return told != as_answer

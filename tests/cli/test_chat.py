@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from svcli.app import app
+from svcli.chat.compare import parted
 from svcli_engines.generate import Conversation, Piece
 
 
@@ -108,3 +109,55 @@ def test_ctrl_c_with_json_gives_what_was_said_so_far(
     monkeypatch.setattr(Conversation, "answer", interrupted)
     said = json.loads(chat(picture, "what is this?", "--model", bundle, "--json", code=130).stdout)
     assert (said["answer"], said["stop_reason"]) == ("A red", "interrupted")
+
+
+def test_compare_sets_dense_and_skipped_side_by_side(bundle: Path, picture: Path) -> None:
+    arguments = (picture, "what is this?", "--model", bundle, "--max-new-tokens", "5", "--compare")
+    told = asked(*arguments)
+    dense, skipped = told["dense"], told["skipped"]
+    assert len(dense["runs"]) == len(skipped["runs"]) == told["runs"] >= 1
+    assert (dense["runs"][0]["tokens"]["visual_kept"], skipped["runs"][0]["tokens"]["visual_kept"]) == (16, 6)
+    # Each run begins with an empty cache and looks at the picture.
+    for run in (*dense["runs"], *skipped["runs"]):
+        assert run["tokens"]["shared_rows"] == 0
+        assert run["seconds"]["vision"] > 0
+    assert skipped["answer"] == asked(*arguments[:-1])["answer"]
+    assert dense["answer"] == asked(*arguments[:-1], "--variant", "dense")["answer"]
+    assert told["same"] == (told["common_tokens"] == 5)
+    assert any("was trained with skipping alone" in note for note in told["notes"])
+    done = chat(*arguments)
+    assert done.stdout.startswith("dense:\n")
+    assert "Times are medians of n =" in done.stdout
+    assert told["same"] or ">>" in done.stdout
+
+
+def test_what_has_nothing_to_be_compared_with_says_what_adds_it(long_bundle: Path, picture: Path) -> None:
+    done = chat(picture, "what is this?", "--model", long_bundle, "--compare", code=2)
+    assert (done.stdout, "--variant dense" in done.stderr) == ("", True)
+
+
+def test_the_word_where_answers_part_is_found() -> None:
+    assert parted("There are 6 of them.", 2) == ("There are ", "6", " of them.")
+    assert parted("There are", 2) == ("There are", "", "")
+    assert parted("", 0) == ("", "", "")
+
+
+def test_what_was_retained_is_written_as_a_picture(bundle: Path, picture: Path, tmp_path: Path) -> None:
+    arguments = (picture, "what is this?", "--model", bundle, "--max-new-tokens", "2", "--save-overlay")
+    chat(*arguments, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as marked:
+        colours = marked.convert("RGB").getcolors(1 << 24)
+    assert colours is not None
+    assert {(255, 0, 0), (255, 176, 0)} <= {colour for _, colour in colours}
+    assert any(len(set(colour)) == 1 for _, colour in colours)  # grey: not retained
+    chat(picture, *arguments, tmp_path / "two.png")
+    assert {"two-1.png", "two-2.png"} <= {path.name for path in tmp_path.iterdir()}
+    done = chat(*arguments, tmp_path / "none.png", "--variant", "dense", code=1)
+    assert "nothing is marked" in done.stderr
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_verbose_adds_a_table(bundle: Path, picture: Path) -> None:
+    done = chat(picture, "what is this?", "--model", bundle, "--max-new-tokens", "5", "--verbose")
+    assert "16 full, 10 enter, 6 are kept" in done.stderr
+    assert "ended by length" in done.stderr

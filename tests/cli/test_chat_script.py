@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from svcli.app import app
 from svcli.chat.pictures import Picture
+from svcli.chat.reader import is_open_block, label
 from svcli_engines.generate import Conversation, Piece
 
 QUESTION = "what is this?"
@@ -152,6 +153,27 @@ def test_what_a_command_cannot_do_is_one_sentence(
         assert error.startswith("Error: ")
         assert "unexpected" not in error
         assert words in error
+
+
+@pytest.mark.parametrize(
+    ("names", "shown", "spoken"),
+    [
+        ([], "> ", "You: "),
+        (["a.png", "b.png"], "a.png, b.png > ", "You, with a.png, b.png: "),
+        ([f"{number}.png" for number in range(9)], "9 pictures > ", "You, with 9 pictures: "),
+        (["x" * 50 + ".png"], "..." + "x" * 24 + ".png > ", "You, with ..." + "x" * 24 + ".png: "),
+    ],
+)
+def test_the_prompt_names_the_pictures_that_wait_and_stays_short(names: list[str], shown: str, spoken: str) -> None:
+    assert (label(names), label(names, is_spoken=True)) == (shown, spoken)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open"),
+    [('"""', True), ('"""a', True), ('"""a"""', False), ('""""', True), ('"""a\nb"""  ', False), ('a """', False)],
+)
+def test_a_block_is_open_until_three_quotes_close_it(text: str, is_open: bool) -> None:
+    assert is_open_block(text) == is_open
 
 
 def test_exit_leaves_the_rest_unread(bundle: Path, picture: Path) -> None:
