@@ -95,13 +95,13 @@ def _has_notes(png: BinaryIO) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    if path.is_dir():
-        raise ImageError(f"{path}: a folder, not a picture")
     try:
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path}: a folder, not a picture") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ImageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
