@@ -16,6 +16,7 @@ from svcli.commands.export import export
 from svcli.commands.inspect import inspect
 from svcli.commands.new import new
 from svcli.commands.profile import profile
+from svcli.commands.serve import serve
 from svcli.commands.train import train
 from svcli.commands.verify import verify
 from svcli.errors import reported
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
+for command in (chat, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
 data.command()(reported(check))
@@ -57,6 +58,9 @@ def main(
             [
                 ('svcli chat PICTURE "what is this?"', "an answer, word by word"),
                 ("svcli inspect", "what the bundled model is made of"),
-                ("svcli --help", "the rest: cost, profile, verify, doctor, export, build-engine, train, new, data"),
+                (
+                    "svcli --help",
+                    "the rest: serve, cost, profile, verify, doctor, export, build-engine, train, new, data",
+                ),
             ],
         )

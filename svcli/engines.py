@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from svcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from svcli_engines.base import Engine
+    from collections.abc import Mapping, Sequence
+
+    from svcli_engines.base import Engine, Logits, Pool
     from svcli_export.manifest import Manifest
 
 
@@ -46,3 +48,31 @@ def open_engine(
     from svcli_engines.tensorrt_engine import TensorRTEngine
 
     return TensorRTEngine(bundle, manifest, backend="tensorrt" if name is EngineName.TENSORRT else "tensorrt-rtx")
+
+
+def open_pool(
+    name: EngineName, bundle: Path, manifest: Manifest, *, num_slots: int | None = None, threads: int | None = None
+) -> Pool:
+    """`num_slots` sequences side by side; left out, as many as suit the engine.
+
+    Raises UsageError for several of an engine that runs one, or what `open_engine` raises.
+    """
+    is_onnxruntime = name in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA)
+    if not is_onnxruntime and (num_slots or 1) > 1:
+        raise UsageError(f"--parallel is for onnxruntime; {name.value} makes one answer at a time")
+    num_slots = num_slots or (4 if is_onnxruntime else 1)
+    return _Side([open_engine(name, bundle, manifest, threads=threads) for _ in range(num_slots)])
+
+
+class _Side:
+    """Engines side by side that share nothing."""
+
+    def __init__(self, slots: Sequence[Engine]) -> None:
+        self.slots = slots
+
+    def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
+        return {slot: self.slots[slot].extend([token]) for slot, token in new_ids.items()}
+
+    def close(self) -> None:
+        for slot in self.slots:
+            slot.close()

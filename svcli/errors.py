@@ -52,6 +52,7 @@ _USERS_INPUT = frozenset(
 _LACKING = frozenset({"MachineError", "NoMemoryError", "NoRoomError", "ProviderError"})
 _EXTRA_OF = {
     "datasets": "train",
+    "fastapi": "serve",
     "huggingface_hub": "torch",
     "matplotlib": "plots",
     "onnx": "torch",
@@ -59,12 +60,15 @@ _EXTRA_OF = {
     "onnxruntime": "cpu",
     "onnxscript": "torch",
     "peft": "train",
+    "prometheus_client": "serve",
     "resvg_py": "data",
     "safetensors": "torch",
+    "starlette": "serve",
     "tensorboard": "loggers",
     "tomli": "torch",
     "tomli_w": "train",
     "torch": "torch",
+    "uvicorn": "serve",
     "wandb": "loggers",
 }
 

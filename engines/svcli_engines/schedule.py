@@ -28,6 +28,10 @@ class BusyError(RuntimeError):
     """A question that was not taken: too many wait, or the scheduler is closing."""
 
 
+class ClosingError(BusyError):
+    """A question that was not taken, or is not answered to its end, since the scheduler takes no more."""
+
+
 class LateError(RuntimeError):
     """An answer that was not there in time."""
 
@@ -62,6 +66,8 @@ class Load:
     """What is going on."""
 
     alive: bool
+    closing: bool
+    """Takes no more."""
     num_waiting: int
     num_running: int
     num_slots: int
@@ -97,13 +103,16 @@ class Scheduler:
     def submit(
         self, question: Question, sampling: Sampling, report: Report, *, seconds: float | None = None
     ) -> Request:
-        """Takes a question, which is answered within `seconds` or ends with LateError. Raises BusyError."""
+        """Takes a question, which is answered within `seconds` or ends with LateError.
+
+        Raises BusyError where `max_waiting` wait beside those that have a slot, and ClosingError."""
         now = perf_counter()
         request = Request(question, sampling, report, None if seconds is None else now + seconds, now)
         with self._changed:
             if self._closing or not self._thread.is_alive():
-                raise BusyError("the server is shutting down")
-            if len(self._waiting) >= self._max_waiting:
+                raise ClosingError("the server is shutting down")
+            num_free = sum(slot.request is None for slot in self._slots)  # whose turn is about to come
+            if sum(not each.cancelled for each in self._waiting) >= self._max_waiting + num_free:
                 raise BusyError(f"{self._max_waiting} questions are waiting already")
             self._waiting.append(request)
             self._changed.notify()
@@ -122,6 +131,7 @@ class Scheduler:
             rows = sum(slot.cache.engine.length for slot in running)
             return Load(
                 alive=self._thread.is_alive(),
+                closing=self._closing,
                 num_waiting=len(self._waiting),
                 num_running=len(running),
                 num_slots=len(self._slots),
@@ -139,7 +149,7 @@ class Scheduler:
         self._thread.join(seconds)
         ended = not self._thread.is_alive()
         if not ended:
-            late = LateError("the server is shutting down")
+            late = ClosingError("the server is shutting down")
             with self._changed:
                 left = [*self._waiting, *(slot.request for slot in self._slots if slot.request is not None)]
                 for request in left:
