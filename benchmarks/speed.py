@@ -77,7 +77,14 @@ def export_variants(options: argparse.Namespace) -> dict[str, Variant]:
     for name, checkpoint in checkpoints.items():
         bundle = options.work / f"bundle-{name}"
         skip: Literal["off"] | None = "off" if name == "dense" else None
-        manifest = export_bundle(options.checkpoint, bundle, precision=options.precision, skip=skip, overwrite=True)
+        manifest = export_bundle(
+            options.checkpoint,
+            bundle,
+            precision=options.precision,
+            skip=skip,
+            default_variants=False,
+            overwrite=True,
+        )
         processor = Processor(bundle, manifest)
         pixels = processor.pixels([open_image(options.picture).image])
         prompt = processor.prompt([Message("user", options.question, images=1)])

@@ -110,11 +110,20 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, num_kept: int
+        self,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        num_kept: int,
+        past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [B, N, D] behind the layer, and the key and value [B, G, N, d] that it made of all rows."""
+        """Rows [B, N, D] behind the layer, and the key and value [B, G, N, d] that it made of all rows.
+
+        They also attend to the key and value `past`, which `mask` has in front.
+        """
         query, key, value = self.attention.project(self.norm1(hidden), rope)
-        hidden = hidden + self.attention.attend(query, key, value, mask)
+        keys, values = (key, value) if past is None else (torch.cat([past[0], key], 2), torch.cat([past[1], value], 2))
+        hidden = hidden + self.attention.attend(query, keys, values, mask)
         return self.feed_forward(hidden, num_kept), key, value
 
     def feed_forward(self, hidden: Tensor, num_kept: int) -> Tensor:
@@ -149,17 +158,26 @@ class Decoder(nn.Module):
         return self.head(self.norm(hidden))  # type: ignore[no-any-return]
 
     def forward(
-        self, hidden: Tensor, position_ids: Tensor, mask: Tensor | None, num_kept: int, cache: KVCache | None = None
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        num_kept: int,
+        cache: KVCache | None = None,
+        num_cached: int = 0,
     ) -> Tensor:
-        """Prefill: `hidden` [B, N, D] in memory order, `position_ids` [B, N], `mask` [B, 1, N, N], or
+        """Prefill: `hidden` [B, N, D] in memory order, `position_ids` [B, N], `mask` [B, 1, N, num_cached + N], or
         None where each row looks at all before it, as in a plain model: kernels then leave out half of the pairs.
 
-        Returns the kept rows [B, num_kept, D] before the final norm. A `cache` (empty) receives their K and V only:
-        what is skipped is evicted by never being written.
+        Returns the kept rows [B, num_kept, D] before the final norm. A `cache` receives their K and V only, behind what
+        it holds: what is skipped is evicted by never being written. Its first `num_cached` rows are attended to.
         """
         rope = self.rope(position_ids)
         for number, layer in enumerate(self._layers()):
-            hidden, key, value = layer(hidden, rope, mask, num_kept)
+            past = None
+            if cache is not None and num_cached:
+                past = cache.keys[number][:, :, :num_cached], cache.values[number][:, :, :num_cached]
+            hidden, key, value = layer(hidden, rope, mask, num_kept, past)
             if cache is not None:
                 cache.write(number, key[:, :, :num_kept], value[:, :, :num_kept])
         return hidden[:, :num_kept]

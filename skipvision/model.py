@@ -89,10 +89,19 @@ class SkipVisionModel(nn.Module):
 
     def encode_picture(self, pixels: Tensor, cut: Cut, generator: torch.Generator | None = None) -> Tensor:
         """All views of one picture [I, 3, H, W] to visual rows: [1, V, D] where they are joined, else [I, V, D]."""
-        if self.newline is None:
-            return self.encode_images(pixels, generator)
+        return self.split(*self.picture_tokens(pixels, cut), generator)
+
+    def picture_tokens(self, pixels: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens [I, T, D] of pictures that are seen once or of the views of one, and what is paid to each [I, T].
+
+        Where views are joined, which `cut` says, those of the picture: [1, T, D] and [1, T].
+        """
         features, attention = self._see(pixels)
-        return self._joined(self.projector(features), self._token_attention(attention), cut, generator)
+        tokens, paid = self.projector(features), self._token_attention(attention)
+        if self.newline is None:
+            return tokens, paid
+        assert cut is not None
+        return self._joined(tokens, paid, cut)
 
     def encode_pictures(self, pixels: Tensor, cuts: Sequence[Cut], generator: torch.Generator | None = None) -> Tensor:
         """All views of several pictures [I, 3, H, W] to the visual rows of all, one behind the other: [1, V, D].
@@ -105,10 +114,11 @@ class SkipVisionModel(nn.Module):
         views = [cut.num_views for cut in cuts]
         tokens = torch.split(self.projector(features), views)
         paid = torch.split(self._token_attention(attention), views)
-        return torch.cat([self._joined(*each, generator) for each in zip(tokens, paid, cuts, strict=True)], 1)
+        joined = (self._joined(*each) for each in zip(tokens, paid, cuts, strict=True))
+        return torch.cat([self.split(*each, generator) for each in joined], 1)
 
-    def _joined(self, tokens: Tensor, attention: Tensor, cut: Cut, generator: torch.Generator | None) -> Tensor:
-        """Tokens [I, T, D] of one picture's views, and what is paid to each [I, T], to [1, V, D]."""
+    def _joined(self, tokens: Tensor, attention: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Tokens [I, T, D] of one picture's views, and what is paid to each [I, T], to those of the picture."""
         assert self.newline is not None
         pieces = mosaic(self.config, cut)
         index = torch.from_numpy(pieces.index).to(tokens.device)
@@ -118,7 +128,7 @@ class SkipVisionModel(nn.Module):
         # A newline is attended to by nothing.
         paid = torch.cat([attention.flatten(), attention.new_zeros(1)])
         scores = (paid[index] * weight.to(paid)).sum(0)
-        return self.split(rows[None], scores[None], generator)
+        return rows[None], scores[None]
 
     def _see(self, pixels: Tensor) -> VisionOutput:
         skip = self.config.skip
@@ -141,11 +151,21 @@ class SkipVisionModel(nn.Module):
 
         `generator` is what the random selector draws from.
         """
+        return self.arrange(tokens, self.select(attention, generator))
+
+    def select(self, attention: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor] | None:
+        """Indices of the retained [I, R] and of the other tokens, both in raster order; None in the plain model."""
         skip = self.config.skip
-        if skip is None or self.summary is None:
+        if skip is None:
+            return None
+        return split_tokens(token_scores(skip.selector, attention, skip.num_retained, generator), skip.num_retained)
+
+    def arrange(self, tokens: Tensor, chosen: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Tokens [I, T, D] to [I, V, D], of which `chosen` are retained: merge the rest, summarise both."""
+        skip = self.config.skip
+        if skip is None or self.summary is None or chosen is None:
             return tokens
-        scores = token_scores(skip.selector, attention, skip.num_retained, generator)
-        retained_index, rest_index = split_tokens(scores, skip.num_retained)
+        retained_index, rest_index = chosen
         width = tokens.shape[-1]
         retained = tokens.gather(1, retained_index[..., None].expand(-1, -1, width))
         summary = self.summary(retained[:, skip.num_unpooled :])
@@ -164,11 +184,17 @@ class SkipVisionModel(nn.Module):
         """Logits [B, num_kept, vocab] of the kept rows; `input_ids` [B, T]. Fills an empty `cache` if given."""
         return self.decoder.logits(self._kept_rows(input_ids, visual, BatchTensors.of(batch, input_ids.device), cache))
 
-    def _kept_rows(self, input_ids: Tensor, visual: Tensor, batch: BatchTensors, cache: KVCache | None) -> Tensor:
+    def _kept_rows(
+        self, input_ids: Tensor, visual: Tensor, batch: BatchTensors, cache: KVCache | None, num_cached: int = 0
+    ) -> Tensor:
         """[B, num_kept, D] behind the last layer."""
         hidden = self.embed(input_ids, visual, batch.source)
-        mask = attention_mask(batch.positions, batch.visible_until)
-        return self.decoder(hidden, batch.positions, mask, batch.num_kept, cache)  # type: ignore[no-any-return]
+        positions, mask = batch.positions, attention_mask(batch.positions, batch.visible_until)
+        if cache is not None and num_cached:
+            positions = positions + cache.next_positions[:, None]
+            in_use = torch.arange(num_cached, device=mask.device) < cache.lengths[:, None]
+            mask = torch.cat([in_use[:, None, None].expand(-1, -1, mask.shape[2], -1), mask], 3)
+        return self.decoder(hidden, positions, mask, batch.num_kept, cache, num_cached)  # type: ignore[no-any-return]
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` kept rows, in the dtype and on the device of the weights."""
@@ -193,9 +219,19 @@ class SkipVisionModel(nn.Module):
     def fill(self, input_ids: Tensor, visual: Tensor, batch: BatchTensors, cache: KVCache) -> Tensor:
         """`prefill` into a cache that there is, whatever was in it, with nothing but work for the device."""
         cache.lengths.zero_()
-        hidden = self._kept_rows(input_ids, visual, batch, cache)
-        cache.lengths.copy_(batch.kept_lengths)
-        cache.next_positions.copy_(batch.next_positions)
+        cache.next_positions.zero_()
+        return self.append(input_ids, visual, batch, cache, 0)
+
+    @torch.no_grad()
+    def append(self, input_ids: Tensor, visual: Tensor, batch: BatchTensors, cache: KVCache, num_cached: int) -> Tensor:
+        """`fill` behind what is in the cache, at most `num_cached` rows a sequence, which the new rows attend to.
+
+        The same as if all had been there at once, unless later rows may attend to skipped ones: those of what was
+        filled before are gone.
+        """
+        hidden = self._kept_rows(input_ids, visual, batch, cache, num_cached)
+        cache.lengths += batch.kept_lengths
+        cache.next_positions += batch.next_positions
         last = hidden[torch.arange(len(hidden), device=hidden.device), batch.kept_lengths - 1]
         return self.decoder.logits(last)
 

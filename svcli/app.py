@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from svcli import __version__, ui
+from svcli.commands.ask import ask
 from svcli.commands.build_engine import build_engine
 from svcli.commands.chat import chat
 from svcli.commands.cost import cost
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
+for command in (chat, ask, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
 data.command()(reported(check))
@@ -60,7 +61,7 @@ def main(
                 ("svcli inspect", "what the bundled model is made of"),
                 (
                     "svcli --help",
-                    "the rest: serve, cost, profile, verify, doctor, export, build-engine, train, new, data",
+                    "the rest: ask, serve, cost, profile, verify, doctor, export, build-engine, train, new, data",
                 ),
             ],
         )

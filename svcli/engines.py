@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 from svcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from svcli_engines.base import Engine, Logits, Pool
+    from svcli_engines.base import Engine, Pool
     from svcli_export.manifest import Manifest
 
 
@@ -31,7 +29,7 @@ def open_engine(
 ) -> Engine:
     """`threads` are for onnxruntime, `compiled` is for torch.
 
-    Raises UsageError for threads of another engine, or what the engine raises.
+    Raises UsageError for threads of another engine, for a variant in TensorRT, or what the engine raises.
     """
     on_gpu = name in (EngineName.ONNXRUNTIME_CUDA, EngineName.TORCH_CUDA)
     is_onnxruntime = name in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA)
@@ -45,34 +43,37 @@ def open_engine(
         from svcli_engines.torch_engine import TorchEngine
 
         return TorchEngine.of_bundle(bundle, manifest, device="cuda" if on_gpu else "cpu", compiled=compiled)
+    if manifest.contract.variant:
+        raise UsageError(
+            f"TensorRT plans are of a bundle's own graphs, not of its variant {manifest.contract.variant}; choose"
+            " another engine, or export the setting as a bundle of its own"
+        )
     from svcli_engines.tensorrt_engine import TensorRTEngine
 
     return TensorRTEngine(bundle, manifest, backend="tensorrt" if name is EngineName.TENSORRT else "tensorrt-rtx")
 
 
+_POOL_BYTES = 1 << 30
+_MOST_SLOTS = 8
+
+
 def open_pool(
-    name: EngineName, bundle: Path, manifest: Manifest, *, num_slots: int | None = None, threads: int | None = None
+    name: EngineName, bundle: Path, manifest: Manifest, *, threads: int | None = None, parallel: int | None = None
 ) -> Pool:
-    """`num_slots` sequences side by side; left out, as many as suit the engine.
+    """`parallel` sequences side by side; or else as many as fit 1 GiB of KV cache, up to 8, where the engine can.
 
-    Raises UsageError for several of an engine that runs one, or what `open_engine` raises.
+    Raises UsageError for several of an engine that runs one, or what the engine raises.
     """
-    is_onnxruntime = name in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA)
-    if not is_onnxruntime and (num_slots or 1) > 1:
-        raise UsageError(f"--parallel is for onnxruntime; {name.value} makes one answer at a time")
-    num_slots = num_slots or (4 if is_onnxruntime else 1)
-    return _Side([open_engine(name, bundle, manifest, threads=threads) for _ in range(num_slots)])
+    from svcli_engines.base import Alone
 
+    if name in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA):
+        from svcli_engines.onnx_engine import OnnxPool
 
-class _Side:
-    """Engines side by side that share nothing."""
-
-    def __init__(self, slots: Sequence[Engine]) -> None:
-        self.slots = slots
-
-    def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
-        return {slot: self.slots[slot].extend([token]) for slot, token in new_ids.items()}
-
-    def close(self) -> None:
-        for slot in self.slots:
-            slot.close()
+        contract = manifest.contract
+        fitting = _POOL_BYTES // (contract.capacity * contract.kv_bytes_per_row)
+        num_slots = parallel or max(1, min(_MOST_SLOTS, fitting))
+        provider = "cuda" if name is EngineName.ONNXRUNTIME_CUDA else "cpu"
+        return OnnxPool(bundle, manifest, provider=provider, num_threads=threads, num_slots=num_slots)
+    if parallel is not None and parallel > 1:
+        raise UsageError(f"{name.value} runs one sequence at a time; leave --parallel out")
+    return Alone(open_engine(name, bundle, manifest, threads=threads))

@@ -43,6 +43,7 @@ _USERS_INPUT = frozenset(
         "NoBundleError",
         "NoCheckpointError",
         "NoModelError",
+        "NoVariantError",
         "ProfileError",
         "PromptError",
         "SamplingError",
@@ -50,26 +51,27 @@ _USERS_INPUT = frozenset(
     }
 )
 _LACKING = frozenset({"MachineError", "NoMemoryError", "NoRoomError", "ProviderError"})
-_EXTRA_OF = {
-    "datasets": "train",
-    "fastapi": "serve",
-    "huggingface_hub": "torch",
-    "matplotlib": "plots",
-    "onnx": "torch",
-    "onnx_ir": "torch",
-    "onnxruntime": "cpu",
-    "onnxscript": "torch",
-    "peft": "train",
-    "prometheus_client": "serve",
-    "resvg_py": "data",
-    "safetensors": "torch",
-    "starlette": "serve",
-    "tensorboard": "loggers",
-    "tomli": "torch",
-    "tomli_w": "train",
-    "torch": "torch",
-    "uvicorn": "serve",
-    "wandb": "loggers",
+_BROUGHT_BY = {
+    **dict.fromkeys(("PIL", "jinja2", "numpy", "tokenizers"), "svcli"),
+    "datasets": "svcli[train]",
+    "fastapi": "svcli[serve]",
+    "huggingface_hub": "svcli[torch]",
+    "matplotlib": "svcli[plots]",
+    "onnx": "svcli[torch]",
+    "onnx_ir": "svcli[torch]",
+    "onnxruntime": "svcli[cpu]",
+    "onnxscript": "svcli[torch]",
+    "peft": "svcli[train]",
+    "prometheus_client": "svcli[serve]",
+    "resvg_py": "svcli[data]",
+    "safetensors": "svcli[torch]",
+    "starlette": "svcli[serve]",
+    "tensorboard": "svcli[loggers]",
+    "tomli": "svcli[torch]",
+    "tomli_w": "svcli[train]",
+    "torch": "svcli[torch]",
+    "uvicorn": "svcli[serve]",
+    "wandb": "svcli[loggers]",
 }
 
 
@@ -117,8 +119,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), USAGE if named & _USERS_INPUT else FAILURE
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.split(".")[0]
-        if module in _EXTRA_OF:
-            return f'{module} is needed for this and not installed: pip install "svcli[{_EXTRA_OF[module]}]"', MACHINE
+        if module in _BROUGHT_BY:
+            return f'{module} is needed for this and not installed: pip install "{_BROUGHT_BY[module]}"', MACHINE
     if isinstance(error, OSError) and error.strerror:
         place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return f"{place}{error.strerror}", FAILURE

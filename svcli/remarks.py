@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skipvision.config import ModelConfig
+    from svcli_export.manifest import Manifest
 
 
 def remarks(config: ModelConfig) -> list[str]:
@@ -21,3 +22,16 @@ def remarks(config: ModelConfig) -> list[str]:
             " keeps all it sees"
         )
     return found
+
+
+def dense_remarks(manifest: Manifest) -> list[str]:
+    """The same on a bundle that has graphs which skip nothing beside those that skip, where skipping was trained."""
+    configs = [manifest.config, *(manifest.variant(name).config for name in manifest.variants)]
+    is_trained = any(config.skip is not None and config.skip_trained for config in configs)
+    if not is_trained or all(config.skip is not None for config in configs):
+        return []
+    sentence = (
+        "this model was trained with skipping alone: run dense it shows what skipping saves in time and memory, not"
+        " what a model trained without it would answer"
+    )
+    return [sentence]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from svcli.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from skipvision.presets import Setting
 
 
@@ -30,6 +32,29 @@ def parse_setting(preset: str | None, skip: str | None) -> Setting | tuple[int, 
     if preset not in PRESETS:
         raise UsageError(f"--preset {preset}: choose among {', '.join(PRESETS)}")
     return PRESETS[preset]
+
+
+def parse_variants(texts: Sequence[str]) -> dict[str, Setting | tuple[int, int] | Literal["off"]]:
+    """Skip settings by the names that they have in a bundle: of `dense`, `44/69`, or one of the paper's. `off` and
+    44-69 are taken too. Raises UsageError."""
+    from skipvision.presets import PRESETS
+    from svcli_export.manifest import DENSE, variant_name
+
+    found: dict[str, Setting | tuple[int, int] | Literal["off"]] = {}
+    for text in texts:
+        name = variant_name(text)
+        counts = re.fullmatch(r"(\d+)-(\d+)", name)
+        if name == DENSE:
+            found[name] = "off"
+        elif name in PRESETS:
+            found[name] = PRESETS[name]
+        elif counts is not None:
+            found[name] = int(counts[1]), int(counts[2])
+        else:
+            raise UsageError(
+                f"--variant {text}: choose dense, RETAINED/SKIPPED, such as 64/64, or one of {', '.join(PRESETS)}"
+            )
+    return found
 
 
 def parse_skip(text: str | None) -> tuple[int, int] | Literal["off"] | None:

@@ -1,4 +1,5 @@
-"""What is drawn: results go to stdout, all else to stderr. Only this and training/panel.py know rich.
+"""What is drawn: results go to stdout, all else to stderr. This, terminal_pictures.py and
+training/panel.py alone know rich.
 
 Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals.
 """

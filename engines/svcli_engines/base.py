@@ -44,10 +44,12 @@ class Engine(Protocol):
     name: str
     """Such as `onnxruntime-cpu`."""
     precision: str
-    load_seconds: float
-    """Spent so far on opening what was needed."""
     can_append: bool
     """Whether `append` is there; or else pictures go with the first prompt alone."""
+
+    @property
+    def load_seconds(self) -> float:
+        """Spent so far on opening what was needed."""
 
     @property
     def capacity(self) -> int:
@@ -159,6 +161,12 @@ def check_append(length: int, *, can_append: bool) -> None:
     """Raises EngineError behind a cache of `length` rows where an engine begins with an empty one alone."""
     if length and not can_append:
         raise EngineError(f"these plans take pictures with the first prompt alone, and {length} rows are in the cache")
+
+
+def check_positions(end: int, max_positions: int) -> None:
+    """Raises EngineError where rows would stand at positions up to `end`, which a bundle does not have."""
+    if end > max_positions:
+        raise EngineError(f"rows up to position {end} do not fit {max_positions} positions")
 
 
 def check_rewind(num_rows: int, length: int) -> None:

@@ -280,7 +280,9 @@ def _vision(pairs: Sequence[_Pair], limit: Tolerance) -> Stage:
     for pair in pairs:
         got, wanted = match_runs(pair.got.visual.rows, pair.wanted.visual.rows, pair.spans)
         found.append((pair.picture, difference(got, wanted)))
-        agreeing.append(agreeing_rows(got, wanted, limit))
+        both = pair.got.visual.retained, pair.wanted.visual.retained
+        retained = None if both[0] is None or both[1] is None else (both[0], both[1])
+        agreeing.append(agreeing_rows(got, wanted, limit, retained))
     rows = agreement_of_all(agreeing)
     return _stage("vision", found, (), limit, rows.share, rows)
 

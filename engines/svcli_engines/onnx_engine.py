@@ -1,9 +1,9 @@
-"""A bundle in ONNX Runtime: the KV cache lives in fixed buffers and is written in place. Imports no torch."""
+"""A bundle in ONNX Runtime: KV caches live in fixed buffers and are written in place. Imports no torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,50 +14,100 @@ from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 from skipvision.layout import TokenLayout, read_ids
 from skipvision.tiles import Cut
-from svcli_engines.base import Logits, Pixels, Visual, check_append, check_extend, check_prefill, check_rewind
-from svcli_export.contract import (
-    CACHE_PARTS,
-    MOSAIC_INDEX,
-    CachePart,
-    GraphName,
-    past_name,
-    present_name,
+from svcli_engines.base import (
+    Logits,
+    Pixels,
+    Visual,
+    check_extend,
+    check_positions,
+    check_prefill,
+    check_rewind,
 )
+from svcli_export.contract import CACHE_PARTS, MOSAIC_INDEX, CachePart, GraphName, past_name, present_name
+from svcli_export.feeds import no_visual, prompt_feeds
 from svcli_export.manifest import Manifest
 from svcli_export.runtime import Provider, open_session, run_vision
 
 
-class OnnxEngine:
-    """The default engine. Graphs are opened when they are first needed: a text-only chat never reads the encoder."""
-
-    can_append = False
+class _Shared:
+    """What sequences share: the graphs, opened when they are first needed, and the buffers of all their caches."""
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, *, provider: Provider = "cpu", num_threads: int | None = None
+        self, bundle: Path, manifest: Manifest, provider: Provider, num_threads: int | None, num_slots: int
     ) -> None:
-        """`num_threads`: by default as many as this process has cores.
-
-        Raises ProviderError where `provider` cannot be had.
-        """
-        self.name = f"onnxruntime-{provider}"
-        self.precision: str = manifest.contract.precision
+        self.contract, self.config = manifest.contract, manifest.config
+        self.provider: Provider = provider
         self.load_seconds = 0.0
-        self._bundle, self._contract, self._config = bundle, manifest.contract, manifest.config
-        self._device: Provider = provider
+        self._bundle = bundle
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
         self._sessions: dict[GraphName, InferenceSession] = {}
-        self._bindings: dict[GraphName, IOBinding] = {}
-        self._length = 0
-        self._next_position = 0
-        self._session("prefill")  # an unusable provider shows here and not in the middle of a chat
-        shape, dtype = self._contract.cache_shape, self._contract.compute_dtype
-        self._caches = {
-            (layer, part): OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), provider)
-            for layer in range(self._contract.num_layers)
+        self._bindings: dict[tuple[GraphName, int, int], IOBinding] = {}
+        self.session("prefill")  # an unusable provider shows here and not in the middle of a chat
+        self._slot_shape, self._dtype = self.contract.cache_shape[1:], np.dtype(self.contract.compute_dtype)
+        self.caches = {
+            (layer, part): OrtValue.ortvalue_from_numpy(np.zeros((num_slots, *self._slot_shape), self._dtype), provider)
+            for layer in range(self.contract.num_layers)
             for part in CACHE_PARTS
         }
-        vocab = manifest.config.text.vocab_size
-        self._logits = OrtValue.ortvalue_from_numpy(np.zeros((1, vocab), np.float32), "cpu")
+        """K and V of each layer, [N, G, C, d]."""
+        self._logits = np.zeros((num_slots, self.config.text.vocab_size), np.float32)
+
+    def session(self, graph: GraphName) -> InferenceSession:
+        if graph not in self._sessions:
+            start = perf_counter()
+            path = self._bundle / self.contract.graph(graph).file
+            self._sessions[graph] = open_session(path, provider=self.provider, num_threads=self._num_threads)
+            self.load_seconds += perf_counter() - start
+        return self._sessions[graph]
+
+    def run(self, graph: GraphName, feeds: Mapping[str, npt.NDArray[Any]], slots: range) -> npt.NDArray[np.float32]:
+        """Logits [n, vocab] of the n sequences in neighbouring `slots`, whose caches are written."""
+        session, key = self.session(graph), (graph, slots.start, slots.stop)
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(session, slots)
+        binding = self._bindings[key]
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        session.run_with_iobinding(binding)
+        return self._logits[: len(slots)].copy()
+
+    def _bind(self, session: InferenceSession, slots: range) -> IOBinding:
+        """What stays from step to step: hundreds of names in a deep model.
+
+        Past and present are the same memory, that of the slots, so that CacheWrite writes rows and copies nothing.
+        """
+        binding = session.io_binding()
+        shape = [len(slots), *self._slot_shape]
+        offset = slots.start * int(np.prod(self._slot_shape)) * self._dtype.itemsize
+        for (layer, part), cache in self.caches.items():
+            place = self.provider, 0, self._dtype.type, shape, cache.data_ptr() + offset
+            binding.bind_input(past_name(layer, part), *place)
+            binding.bind_output(present_name(layer, part), *place)
+        logits = self._logits[: len(slots)]
+        binding.bind_output("logits", "cpu", 0, np.float32, list(logits.shape), logits.ctypes.data)
+        return binding
+
+    def close(self) -> None:
+        self._bindings.clear()
+        self._sessions.clear()
+        self.caches.clear()
+
+
+class OnnxSlot:
+    """One sequence of a pool."""
+
+    can_append = True
+
+    def __init__(self, shared: _Shared, number: int) -> None:
+        self.name = f"onnxruntime-{shared.provider}"
+        self.precision: str = shared.contract.precision
+        self._shared, self._contract, self._number = shared, shared.contract, number
+        self._length = 0
+        self._next_position = 0
+
+    @property
+    def load_seconds(self) -> float:
+        return self._shared.load_seconds
 
     @property
     def capacity(self) -> int:
@@ -76,37 +126,38 @@ class OnnxEngine:
         return self._next_position
 
     def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
-        return Visual(run_vision(self._session("vision"), self._contract, self._config, pixels, cut))
+        shared = self._shared
+        return Visual(*run_vision(shared.session("vision"), self._contract, shared.config, pixels, cut))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        check_prefill(layout, visual, self.capacity)
-        spec = self._contract.graph("prefill")
-        if visual is None:
-            shape = next(tensor.shape for tensor in spec.inputs if tensor.name == "visual")
-            rows = np.zeros([each if isinstance(each, int) else 0 for each in shape], self._contract.compute_dtype)
-        elif MOSAIC_INDEX in self._contract.graph("vision").input_names:
-            rows = visual.rows.reshape(1, -1, visual.rows.shape[-1])
-        else:
-            rows = visual.rows
-        feeds = {
-            "input_ids": np.array([read_ids(input_ids, self._config.text.vocab_size)], np.int64),
-            "visual": rows,
-            "source": layout.source[None],
-            "position_ids": layout.positions[None],
-            "visible_until": layout.visible_until[None],
-            "kept_index": np.arange(layout.num_kept, dtype=np.int64)[None],
-        }
-        logits = self._run("prefill", {name: feeds[name] for name in feeds if name in spec.input_names})
-        self._length, self._next_position = layout.num_kept, layout.length
-        return logits
+        return self._fill(input_ids, visual, layout, 0, 0)
 
     def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        check_append(self._length, can_append=self.can_append)
-        return self.prefill(input_ids, visual, layout)
+        return self._fill(input_ids, visual, layout, self._length, self._next_position)
+
+    def _fill(
+        self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout, length: int, next_position: int
+    ) -> Logits:
+        """The rows of `layout` behind the first `length` rows of the cache."""
+        check_prefill(layout, visual, self.capacity, length)
+        check_positions(next_position + layout.length, self._contract.max_positions)
+        rows = no_visual(self._contract) if visual is None else visual.rows
+        if MOSAIC_INDEX in self._contract.graph("vision").input_names:
+            rows = rows.reshape(1, -1, rows.shape[-1])
+        feeds: dict[str, npt.NDArray[Any]] = {
+            "input_ids": np.array([read_ids(input_ids, self._shared.config.text.vocab_size)], np.int64),
+            "visual": rows,
+            **prompt_feeds(layout, length, next_position),
+        }
+        names = self._contract.graph("prefill").input_names
+        self._length, self._next_position = length, next_position
+        logits = self._run("prefill", {name: feeds[name] for name in feeds if name in names})
+        self._length, self._next_position = length + layout.num_kept, next_position + layout.length
+        return logits
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
         num_new = len(input_ids)
-        check_extend(num_new, self._length, self.capacity)
+        self.check_room(num_new)
         positions = np.arange(self._next_position, self._next_position + num_new, dtype=np.int64)
         feeds = {
             "input_ids": np.array([input_ids], np.int64),
@@ -114,50 +165,108 @@ class OnnxEngine:
             "write_index": np.array([self._length], np.int64),
         }
         logits = self._run("decode", feeds)
-        self._length, self._next_position = self._length + num_new, self._next_position + num_new
+        self.grow(num_new)
         return logits
 
-    def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
-        """A copy [G, length, d] of the rows in use of one layer's K or V."""
-        return self._caches[layer, part].numpy()[0, :, : self._length].astype(np.float32)  # type: ignore[no-any-return]
+    def check_room(self, num_new: int) -> None:
+        """Raises EngineError where `extend` by so many ids would."""
+        check_extend(num_new, self._length, self.capacity)
+        check_positions(self._next_position + num_new, self._contract.max_positions)
+
+    def grow(self, num_new: int) -> None:
+        """Counts rows that were written behind the cache."""
+        self._length, self._next_position = self._length + num_new, self._next_position + num_new
 
     def rewind(self, num_rows: int, next_position: int) -> None:
         check_rewind(num_rows, self._length)
         self._length, self._next_position = num_rows, next_position
 
+    def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
+        """A copy [G, length, d] of the rows in use of one layer's K or V."""
+        whole = self._shared.caches[layer, part].numpy()[self._number]
+        return whole[:, : self._length].astype(np.float32)  # type: ignore[no-any-return]
+
     def reset(self) -> None:
         self._length = self._next_position = 0
 
     def close(self) -> None:
-        self._bindings.clear()
-        self._sessions.clear()
-        self._caches.clear()
+        """Empties the cache; the memory is the pool's."""
+        self.reset()
 
     def _run(self, graph: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> Logits:
-        """Past and present are the same buffers, so that TensorScatter writes rows and copies nothing."""
-        session = self._session(graph)
-        if graph not in self._bindings:
-            self._bindings[graph] = self._bind(session)
-        binding = self._bindings[graph]
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, value)
-        session.run_with_iobinding(binding)
-        logits: Logits = self._logits.numpy()[0].copy()
+        logits: Logits = self._shared.run(graph, feeds, range(self._number, self._number + 1))[0]
         return logits
 
-    def _bind(self, session: InferenceSession) -> IOBinding:
-        """What stays from step to step: hundreds of names in a deep model."""
-        binding = session.io_binding()
-        for (layer, part), cache in self._caches.items():
-            binding.bind_ortvalue_input(past_name(layer, part), cache)
-            binding.bind_ortvalue_output(present_name(layer, part), cache)
-        binding.bind_ortvalue_output("logits", self._logits)
-        return binding
 
-    def _session(self, graph: GraphName) -> InferenceSession:
-        if graph not in self._sessions:
-            start = perf_counter()
-            path = self._bundle / self._contract.graph(graph).file
-            self._sessions[graph] = open_session(path, provider=self._device, num_threads=self._num_threads)
-            self.load_seconds += perf_counter() - start
-        return self._sessions[graph]
+class OnnxEngine(OnnxSlot):
+    """The default engine: a single sequence. A text-only chat never reads the encoder."""
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, *, provider: Provider = "cpu", num_threads: int | None = None
+    ) -> None:
+        """`num_threads`: by default as many as this process has cores.
+
+        Raises ProviderError where `provider` cannot be had.
+        """
+        super().__init__(_Shared(bundle, manifest, provider, num_threads, 1), 0)
+
+    def close(self) -> None:
+        super().close()
+        self._shared.close()
+
+
+class OnnxPool:
+    """Several sequences on the same graphs, each with a cache of its own. For one thread: nothing here is locked."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        provider: Provider = "cpu",
+        num_threads: int | None = None,
+        num_slots: int,
+    ) -> None:
+        """Allocates all caches; else as `OnnxEngine`."""
+        self._shared = _Shared(bundle, manifest, provider, num_threads, num_slots)
+        self.slots = tuple(OnnxSlot(self._shared, number) for number in range(num_slots))
+
+    def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
+        """As Pool says. Idle slots between those asked for are computed too, so low numbers side by side are best."""
+        for number in new_ids:
+            self.slots[number].check_room(1)
+        logits: dict[int, Logits] = {}
+        for run in self._runs(new_ids):
+            found = self._shared.run("decode", self._feeds(new_ids, run), run)
+            logits |= {number: row for number, row in zip(run, found, strict=True) if number in new_ids}
+        for number in new_ids:
+            self.slots[number].grow(1)
+        return {number: logits[number] for number in new_ids}
+
+    def close(self) -> None:
+        for slot in self.slots:
+            slot.close()
+        self._shared.close()
+
+    def _runs(self, numbers: Iterable[int]) -> Iterator[range]:
+        """Neighbouring slots with all of `numbers` among them; but none that is full, since each is written to."""
+        run: range | None = None
+        for number in sorted(numbers):
+            if run is not None and all(slot.length < slot.capacity for slot in self.slots[run.stop : number]):
+                run = range(run.start, number + 1)
+                continue
+            if run is not None:
+                yield run
+            run = range(number, number + 1)
+        if run is not None:
+            yield run
+
+    def _feeds(self, new_ids: Mapping[int, int], run: range) -> dict[str, npt.NDArray[Any]]:
+        """Idle slots take any id: its row lies behind their length, where nothing reads it."""
+        slots = self.slots[run.start : run.stop]
+        places = zip(run, slots, strict=True)
+        return {
+            "input_ids": np.array([[new_ids.get(number, 0)] for number in run], np.int64),
+            "position_ids": np.array([[slot.next_position if n in new_ids else 0] for n, slot in places], np.int64),
+            "write_index": np.array([slot.length for slot in slots], np.int64),
+        }

@@ -56,10 +56,14 @@ def find_pictures(text: str, stdin: BinaryIO | None = None) -> list[PictureSourc
     # A file may be called such as "a[1].png".
     if not glob.has_magic(path) or os.path.lexists(path):
         return [PictureSource(path, Path(path))]
-    matches = [each for each in islice(glob.iglob(path, recursive=True), MOST_MATCHES + 1) if not os.path.isdir(each)]
+    try:
+        found = list(islice(glob.iglob(path, recursive=True), MOST_MATCHES + 1))
+    except ValueError:  # a null byte in the name
+        found = []
+    matches = [each for each in found if not os.path.isdir(each)]
     if not matches:
         raise ImageError(f"{text}: no file matches this pattern")
-    if len(matches) > MOST_MATCHES:
+    if len(found) > MOST_MATCHES:
         raise ImageError(f"{text}: more than {MOST_MATCHES} files match this pattern")
     return [PictureSource(each, Path(each)) for each in sorted(matches)]
 

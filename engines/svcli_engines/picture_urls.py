@@ -160,7 +160,7 @@ def _resolved(host: str, port: int, deadline: _Deadline) -> list[_Address]:
             answers.put([(family, address) for family, _, _, _, address in found])
         except OSError as error:
             answers.put(error)
-        except UnicodeError:  # no name that the domain name system can have
+        except ValueError:  # no name that the domain name system can have
             answers.put(socket.gaierror(socket.EAI_NONAME, "no such name"))
 
     threading.Thread(target=ask, daemon=True).start()

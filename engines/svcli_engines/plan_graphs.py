@@ -2,33 +2,29 @@
 
 Cache writes become TensorScatter of opset 24, which TensorRT does in place. TensorRT keeps our own ops, since plugins
 take the place of their bodies, and SummaryPool is two of them; TensorRT-RTX has no plugins and gets the bodies.
-Importing this needs onnx; `shared_graph` also needs torch, through the writer of graphs.
+A plan runs one sequence. Importing this needs onnx, and no torch.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.inliner import inline_local_functions
 
 from svcli_engines.graph_problems import STANDARD, problems
-from svcli_engines.plans import PLACES, Backend, EngineLayout, phase_spec
+from svcli_engines.plans import PLACES, Backend, EngineLayout
 from svcli_engines.plugins.launch import OPS
 from svcli_engines.summary_nodes import split_pools
-from svcli_export.contract import CUSTOM_DOMAIN, Contract, GraphName
+from svcli_export.contract import CUSTOM_DOMAIN, NUM_SEQUENCES, GraphName
 from svcli_export.manifest import Manifest
-
-if TYPE_CHECKING:
-    from svcli_export.decoder_graphs import DecoderGraph
 
 PLAN_OPSET = 24
 """The first that has TensorScatter."""
 _CACHE_WRITE, _CACHE_READ = "CacheWrite", "CacheRead"
+_WRITE_INDEX = "write_index"
 
 
 class GraphError(ValueError):
@@ -43,9 +39,7 @@ def phases_of(layout: EngineLayout, file: str) -> tuple[GraphName, ...]:
 
 def plan_graph(bundle: Path, manifest: Manifest, layout: EngineLayout, file: str, backend: Backend) -> ModelProto:
     """The graph of the plan `file`; its weights are references into the bundle's weight file. Raises GraphError."""
-    phases = phases_of(layout, file)
-    graph = _read(bundle, manifest, phases[0]) if len(phases) == 1 else shared_graph(bundle, manifest)
-    adapted = adapt(graph, backend)
+    adapted = adapt(phase_graph(bundle, manifest, layout, phases_of(layout, file)[0]), backend)
     if found := problems(adapted):
         more = f" ({len(found) - 1} more like it)" if len(found) > 1 else ""
         raise GraphError(
@@ -55,10 +49,25 @@ def plan_graph(bundle: Path, manifest: Manifest, layout: EngineLayout, file: str
     return adapted
 
 
+def phase_graph(bundle: Path, manifest: Manifest, layout: EngineLayout, phase: GraphName) -> ModelProto:
+    """The bundle's graph that the plan of a phase is made of.
+
+    A shared decoder is prefill behind a cache, which is decode where the rows are new ids.
+    """
+    if layout == "shared":
+        return _read(bundle, manifest, "vision" if phase == "vision" else "prefill")
+    graph = _read(bundle, manifest, phase)
+    return behind_nothing(graph) if phase == "prefill" else graph
+
+
 def adapt(model: ModelProto, backend: Backend) -> ModelProto:
     """A copy for a plan builder: the same function of the same inputs. Only what has a cache needs the newer opset."""
     adapted = ModelProto()
     adapted.CopyFrom(model)
+    for value in (*adapted.graph.input, *adapted.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param == NUM_SEQUENCES:
+                size.dim_value = 1
     has_cache = _update_in_place(adapted.graph)
     if backend == "tensorrt":
         split_pools(adapted)
@@ -95,81 +104,40 @@ def layout_weight_bytes(bundle: Path, manifest: Manifest) -> dict[EngineLayout, 
     return {"split": split, "shared": sum(vision.values()) + sum((prefill | decode).values())}
 
 
-def shared_graph(bundle: Path, manifest: Manifest) -> ModelProto:
-    """The decoder of a shared plan: prefill behind a cache, which is decode where the rows are new ids.
+def behind_nothing(model: ModelProto) -> ModelProto:
+    """A copy of prefill that begins with an empty cache, without `write_index`.
 
-    Rows attend to the cache and to the skipped rows beside it; kept rows are in the cache when they are read. Shapes as
-    in svcli_export/decoder_graphs.py: K kept and S skipped rows now, w rows in the cache before them.
+    Behind nothing, what is read back from a cache is what was just written: rows attend to it as it was, and not to the
+    whole buffer that would stand for it in a plan.
     """
-    from svcli_export.decoder_graphs import DecoderGraph, prompt_rows
-    from svcli_export.weights import WEIGHTS_FILE, WeightFile
-
-    config, contract = manifest.config, manifest.contract
-    spec = phase_spec(contract, "shared", "prefill")
-    vision, _, decode = contract.graphs
-    shared: Contract = contract.model_copy(update={"graphs": (vision, spec, decode)})
-    g = DecoderGraph("prefill", config, shared, WeightFile(bundle / WEIGHTS_FILE))
-    hidden = prompt_rows(g)
-    skipping = "kept_index" in spec.input_names
-    num_kept = g.op("Shape", "kept_index" if skipping else "position_ids", name="num_kept", start=1, end=2)
-    last = g.op("Sub", num_kept, g.ints(1), name="last_kept"), num_kept
-    slots = g.slots("write_index", num_kept)
-    mask = _mask(g, "position_ids", num_kept, skipping)
-    for layer in range(config.text.num_layers):
-        is_last = layer == config.text.num_layers - 1
-        with g.scope(f"decoder.layers.{layer}"):
-            normed = g.norm(hidden, f"decoder.layers.{layer}.norm1")
-            rows = g.key_value(normed, layer, "position_ids")
-            kept = rows
-            if skipping:
-                kept = {part: g.op("TokenGather", flat, "kept_index", name="kept_rows") for part, flat in rows.items()}
-            keys, values = g.write_cache(layer, kept, slots)
-            if skipping:
-                keys, values = (
-                    g.op("Concat", cache, _skipped(g, flat, num_kept), name="attended", axis=2)
-                    for cache, flat in zip((keys, values), rows.values(), strict=True)
-                )
-            positions = "position_ids"
-            if is_last:
-                normed, hidden = g.rows(normed, *last, name="last_normed"), g.rows(hidden, *last, name="last_row")
-                positions = g.rows("position_ids", *last, name="last_position")
-                mask = _mask(g, positions, num_kept, skipping)
-            query = g.heads(g.query(normed, layer, positions), g.text.num_heads, "query_heads")
-            mixed = g.op("Transpose", g.op("Attention", query, keys, values, mask, name="attention"), perm=[0, 2, 1, 3])
-            merged = g.op("Reshape", mixed, g.ints(1, -1, g.text.num_heads * g.text.head_dim), name="mixed_rows")
-            hidden = g.after_attention(hidden, merged, layer)
-            if is_last or not skipping:
-                hidden = g.feed_forward(hidden, layer)
-            else:
-                grown = g.feed_forward(g.rows(hidden, 0, num_kept, name="kept"), layer)
-                hidden = g.op("Concat", grown, g.rows(hidden, num_kept, name="skipped"), name="joined", axis=1)
-    return g.logits(hidden)
+    alone = ModelProto()
+    alone.CopyFrom(model)
+    graph = alone.graph
+    for tensor in [each for each in graph.input if each.name == _WRITE_INDEX]:
+        graph.input.remove(tensor)
+    bounds = {_WRITE_INDEX: 0, f"{_CACHE_READ}.first": 0, f"{_CACHE_READ}.axis": 2}
+    graph.initializer.extend(
+        helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in bounds.items()
+    )
+    written = {node.output[0]: node.input[1] for node in graph.node if _is(node, _CACHE_WRITE)}
+    same: dict[str, str] = {}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if _is(node, _CACHE_READ) and node.input[0] in written:
+            same[node.output[0]] = written[node.input[0]]
+            continue
+        if _is(node, _CACHE_READ):  # the number of rows is a shape here
+            part = [node.input[0], f"{_CACHE_READ}.first", node.input[1], f"{_CACHE_READ}.axis"]
+            node = helper.make_node("Slice", part, list(node.output), name=node.name)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return alone
 
 
-def _skipped(g: DecoderGraph, flat: str, num_kept: str) -> str:
-    """[1, G, S, d] of [1, L, G*d]."""
-    return g.heads(g.rows(flat, num_kept, name="skipped_rows"), g.text.num_kv_heads, "skipped_heads")
-
-
-def _mask(g: DecoderGraph, query_positions: str, num_kept: str, skipping: bool) -> str:
-    """[1, 1, n, C + S] bool.
-
-    Kept rows are in ascending order and never hidden, so a row sees of the cache all that was there, and as many of
-    the new ones as have no later position than it has itself.
-    """
-    query = g.op("Unsqueeze", query_positions, g.ints(1, 3), name="mask.query")
-    key = g.op("Unsqueeze", "position_ids", g.ints(1, 2), name="mask.key")
-    before = g.op("LessOrEqual", key, query, name="mask.before")
-    new = g.rows(before, 0, num_kept, axis=3, name="mask.new")
-    ones = g.op("Cast", new, name="mask.ones", to=TensorProto.INT64)
-    counted = g.op("ReduceSum", ones, g.ints(3), name="mask.n")
-    all_slots = g.constant(np.arange(g.contract.capacity, dtype=np.int64), "all_slots")
-    cached = g.op("Less", all_slots, g.op("Add", counted, "write_index", name="mask.end"), name="mask.cached")
-    if not skipping:
-        return cached
-    until = g.op("Unsqueeze", "visible_until", g.ints(1, 2), name="mask.until")
-    visible = g.op("And", before, g.op("LessOrEqual", query, until, name="mask.visible"), name="mask.both")
-    return g.op("Concat", cached, g.rows(visible, num_kept, axis=3, name="mask.skipped"), name="mask", axis=3)
+def _is(node: NodeProto, op_type: str) -> bool:
+    return (node.domain, node.op_type) == (CUSTOM_DOMAIN, op_type)
 
 
 def _read(bundle: Path, manifest: Manifest, phase: GraphName) -> ModelProto:
@@ -181,24 +149,27 @@ def _update_in_place(graph: GraphProto) -> bool:
     cuts off them, since the mask hides the rest. Returns whether anything was written."""
     nodes: list[NodeProto] = []
     starts: dict[str, str] = {}
-    bounds = [f"{_CACHE_WRITE}.{bound}" for bound in (0, 1)]
+    zero, one = (f"{_CACHE_WRITE}.{bound}" for bound in (0, 1))
     whole: dict[str, str] = {}
     for node in graph.node:
         node.input[:] = [whole.get(name, name) for name in node.input]
-        if (node.domain, node.op_type) == (CUSTOM_DOMAIN, _CACHE_READ):
+        if _is(node, _CACHE_READ):
             whole[node.output[0]] = node.input[0]
             continue
-        if (node.domain, node.op_type) != (CUSTOM_DOMAIN, _CACHE_WRITE):
+        if not _is(node, _CACHE_WRITE):
             nodes.append(node)
             continue
         past, rows, slots = node.input
         if slots not in starts:
-            starts[slots] = f"{slots}.first"
-            nodes.append(helper.make_node("Slice", [slots, *bounds, bounds[0]], [starts[slots]], name=starts[slots]))
+            starts[slots], column = f"{slots}.start", f"{slots}.first"
+            nodes.append(helper.make_node("Slice", [slots, zero, one, one], [column], name=column))
+            nodes.append(helper.make_node("Squeeze", [column, one], [starts[slots]], name=starts[slots]))
         update = [past, rows, starts[slots]]
         nodes.append(helper.make_node("TensorScatter", update, list(node.output), name=node.name, axis=-2))
     if starts:
-        graph.initializer.extend(helper.make_tensor(name, TensorProto.INT64, [1], [int(name[-1])]) for name in bounds)
+        graph.initializer.extend(
+            helper.make_tensor(name, TensorProto.INT64, [1], [value]) for value, name in enumerate((zero, one))
+        )
     del graph.node[:]
     graph.node.extend(nodes)
     return bool(starts)

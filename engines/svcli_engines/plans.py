@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
-from svcli_export.contract import Contract, GraphName, GraphSpec, Precision
+from svcli_export.contract import NUM_SEQUENCES, Contract, GraphName, GraphSpec, Precision, TensorSpec
 from svcli_export.manifest import Manifest, file_entry, required_files
 
 FORMAT_VERSION = 1
@@ -244,16 +244,19 @@ def plan_problems(plans: PlanSet, record: PlanRecord, *, check_files: bool = Tru
 
 
 def phase_spec(contract: Contract, layout: EngineLayout, phase: GraphName) -> GraphSpec:
-    """What the plan of a phase takes and gives.
+    """What the plan of a phase takes and gives: one sequence.
 
-    The shared decoder is prefill behind a cache: the inputs of prefill, then `write_index`. Decode feeds it new ids
-    without pictures or skipped rows.
+    The shared decoder is prefill behind a cache, which decode feeds new ids without pictures or skipped rows. Prefill
+    with a plan of its own begins with an empty cache.
     """
-    if layout == "split" or phase == "vision":
-        return contract.graph(phase)
-    prefill, decode = contract.graph("prefill"), contract.graph("decode")
-    extra = tuple(tensor for tensor in decode.inputs if tensor.name == "write_index")
-    return prefill.model_copy(update={"inputs": (*prefill.inputs, *extra)})
+    spec = contract.graph("prefill" if layout == "shared" and phase == "decode" else phase)
+    taken = [tensor for tensor in spec.inputs if (layout, phase, tensor.name) != ("split", "prefill", "write_index")]
+    inputs, outputs = (tuple(map(_of_one_sequence, tensors)) for tensors in (taken, spec.outputs))
+    return spec.model_copy(update={"inputs": inputs, "outputs": outputs})
+
+
+def _of_one_sequence(tensor: TensorSpec) -> TensorSpec:
+    return tensor.model_copy(update={"shape": tuple(1 if each == NUM_SEQUENCES else each for each in tensor.shape)})
 
 
 def phase_ranges(contract: Contract, layout: EngineLayout, phase: GraphName) -> dict[str, ShapeRange]:

@@ -92,12 +92,11 @@ class Processor:
         """Of ids in which each of the runs `spans` is one placeholder."""
         return TokenLayout.of(ids, self.image_id, self.config, spans)
 
-    def sayable(self, logits: Logits) -> Logits:
+    def sayable(self, logits: Logits, *, may_end: bool = True) -> Logits:
         """The same [vocab], but that a picture's placeholder is never said: it would stand for a picture later on."""
-        if self.image_id >= len(logits):
-            return logits
+        unsayable = {self.image_id} if may_end else {self.image_id, *self.stop_ids}
         said: Logits = logits.copy()
-        said[self.image_id] = -np.inf
+        said[[token for token in unsayable if token < len(logits)]] = -np.inf
         return said
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -26,6 +26,8 @@ class Sampling:
     seed: int | None = None
     """The same seed draws the same answer; None: another each time."""
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    """The model does not end its answer before; for timing answers of one length."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer where they would begin."""
     logprobs: int | None = None
@@ -40,6 +42,8 @@ class Sampling:
             raise SamplingError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.max_new_tokens < 1:
             raise SamplingError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise SamplingError(f"min_new_tokens must be 0 to {self.max_new_tokens}, not {self.min_new_tokens}")
         if not all(self.stop):
             raise SamplingError("a text that ends the answer must not be empty")
         if self.logprobs is not None and self.logprobs < 0:

@@ -15,8 +15,8 @@ from time import perf_counter
 from PIL import Image
 
 from svcli_engines.answer import Answer, KnownCache, Stats
-from svcli_engines.base import Logits, Pool
-from svcli_engines.pictures import VisualCache
+from svcli_engines.base import Logits, Pool, Visual
+from svcli_engines.pictures import Picture, VisualCache
 from svcli_engines.processor import Processor
 from svcli_engines.question import Question
 from svcli_engines.sampling import Sampling
@@ -38,6 +38,10 @@ class LateError(RuntimeError):
 
 Report = Callable[[Piece | Stats | Exception], None]
 """Called by the scheduler's thread: pieces, and last Stats or what went wrong. It must not block."""
+
+
+LookReport = Callable[[Visual | Exception], None]
+"""The same for a picture that is looked at, without a question."""
 
 
 @dataclass(eq=False)
@@ -91,6 +95,7 @@ class Scheduler:
         self._visuals = visuals or VisualCache()
         self._slots = [_Slot(KnownCache(engine, processor, self._visuals)) for engine in pool.slots]
         self._waiting: deque[Request] = deque()
+        self._looks: deque[tuple[Picture, LookReport]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="svcli-scheduler", daemon=True)
@@ -117,6 +122,16 @@ class Scheduler:
             self._waiting.append(request)
             self._changed.notify()
         return request
+
+    def look(self, picture: Picture, report: LookReport) -> None:
+        """Reports what the encoder makes of a picture, or what went wrong; between two steps. Raises BusyError."""
+        with self._changed:
+            if self._closing or not self._thread.is_alive():
+                raise ClosingError("the server is shutting down")
+            if len(self._looks) >= self._max_waiting:
+                raise BusyError(f"{self._max_waiting} pictures are waiting already")
+            self._looks.append((picture, report))
+            self._changed.notify()
 
     def cancel(self, request: Request) -> None:
         """Nobody wants the answer any more: its slot is free before the next step, and nothing more is reported."""
@@ -164,15 +179,21 @@ class Scheduler:
     def _run(self) -> None:
         try:
             while self._wait():
+                self._look_once()
                 self._begin_one()
                 self._step()
         except BaseException as error:  # a defect, or no memory: nobody may wait for ever
             with self._changed:
                 self._closing = True
                 requests = [*self._waiting, *(slot.request for slot in self._slots if slot.request is not None)]
+                looks = [report for _, report in self._looks]
                 self._waiting.clear()
+                self._looks.clear()
+            stopped = RuntimeError(f"the scheduler stopped ({error!r})")
             for request in requests:
-                _report(request, RuntimeError(f"the scheduler stopped ({error!r})"))
+                _report(request, stopped)
+            for report in looks:
+                report(stopped)
             raise
 
     def _wait(self) -> bool:
@@ -180,7 +201,7 @@ class Scheduler:
         with self._changed:
             while True:
                 self._let_go()
-                if self._waiting or any(slot.request for slot in self._slots):
+                if self._waiting or self._looks or any(slot.request for slot in self._slots):
                     return True
                 if self._closing:
                     return False
@@ -197,6 +218,18 @@ class Scheduler:
             if slot.request is not None and _is_over(slot.request, now):
                 _report(slot.request, late)
                 self._free(slot)
+
+    def _look_once(self) -> None:
+        with self._changed:
+            if not self._looks:
+                return
+            picture, report = self._looks.popleft()
+        try:
+            seen = self._visuals.rows(picture, self._slots[0].cache.engine.encode)
+        except Exception as error:
+            report(error)
+        else:
+            report(seen)
 
     def _begin_one(self) -> None:
         """One prompt between two steps, so that answers that are being made go on."""

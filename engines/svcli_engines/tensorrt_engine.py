@@ -24,6 +24,7 @@ from svcli_engines.base import (
     Visual,
     check_append,
     check_extend,
+    check_positions,
     check_prefill,
     check_rewind,
 )
@@ -41,6 +42,7 @@ from svcli_engines.plans import (
 from svcli_engines.plugins.compile import cache_folder
 from svcli_engines.tensorrt_runtime import STORAGE, LoadedPlan, Phase, Shape, TensorRT, num_bytes
 from svcli_export.contract import CACHE_PARTS, CachePart, GraphName, past_name, present_name
+from svcli_export.feeds import prompt_feeds
 from svcli_export.manifest import Manifest
 
 Array = npt.NDArray[Any]
@@ -70,8 +72,6 @@ class Buffer:
 class TensorRTEngine:
     """One plan set on the first GPU. Everything is loaded and allocated when the engine is made."""
 
-    can_append = False
-
     def __init__(
         self,
         bundle: Path,
@@ -89,6 +89,8 @@ class TensorRTEngine:
         """
         start = perf_counter()
         self._contract = manifest.contract
+        self.can_append = False
+        """Where prefill and decode share a plan, which is prefill behind a cache."""
         self._phases: dict[PhaseName, Phase] = {}
         self._tensorrt: TensorRT | None = None
         self._cuda = Cuda(cuda)
@@ -103,6 +105,7 @@ class TensorRTEngine:
             runtime.keep_kernels(cache_folder() / f"{plans.folder.name}-{runtime.version}-{built[:16]}.bin")
             loaded = {file: LoadedPlan(plans, file, runtime.load(plans, file)) for file in record.plans}
             self._prepare(runtime, loaded, record.layout)
+            self.can_append = record.layout == "shared"
         except BaseException:
             self.close()
             raise
@@ -136,36 +139,42 @@ class TensorRTEngine:
             raise EngineError("plans for pictures in tiles are not there yet")
         most = self._phases["vision"].ranges["pixels"][1][0]
         parts = [pixels[first : first + most] for first in range(0, len(pixels), most)]
-        return Visual(np.concatenate([self._run("vision", {"pixels": part}, "visual", len(part)) for part in parts]))
+        names = self._contract.graph("vision").output_names
+        runs = [self._run("vision", {"pixels": part}, names, len(part)) for part in parts]
+        return Visual(*(np.concatenate(outputs) for outputs in zip(*runs, strict=True)))
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        check_prefill(layout, visual, self.capacity)
-        self.reset()
-        feeds: dict[str, Array] = {
-            "input_ids": np.array([input_ids], np.int64),
-            "source": layout.source[None],
-            "position_ids": layout.positions[None],
-            "visible_until": layout.visible_until[None],
-            "kept_index": np.arange(layout.num_kept, dtype=np.int64)[None],
-            "write_index": np.zeros(1, np.int64),
-        }
-        if visual is not None and len(visual.rows) > 0:
-            feeds["visual"] = visual.rows
-        logits: Logits = self._run("prefill", feeds)[0]
-        self._length, self._next_position = layout.num_kept, layout.length
-        return logits
+        return self._fill(input_ids, visual, layout, 0, 0)
 
     def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
         check_append(self._length, can_append=self.can_append)
-        return self.prefill(input_ids, visual, layout)
+        return self._fill(input_ids, visual, layout, self._length, self._next_position)
+
+    def _fill(
+        self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout, length: int, next_position: int
+    ) -> Logits:
+        """The rows of `layout` behind the first `length` rows of the cache."""
+        check_prefill(layout, visual, self.capacity, length)
+        check_positions(next_position + layout.length, self._contract.max_positions)
+        self._length, self._next_position = length, next_position
+        feeds: dict[str, Array] = {
+            "input_ids": np.array([input_ids], np.int64),
+            **prompt_feeds(layout, length, next_position),
+        }
+        if visual is not None and len(visual.rows) > 0:
+            feeds["visual"] = visual.rows
+        logits: Logits = self._run("prefill", feeds)[0][0]
+        self._length, self._next_position = length + layout.num_kept, next_position + layout.length
+        return logits
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
         check_extend(len(input_ids), self._length, self.capacity)
+        check_positions(self._next_position + len(input_ids), self._contract.max_positions)
         most = self._phases["decode"].ranges["input_ids"][1][1]
         for first in range(0, len(input_ids), most):
             ids = input_ids[first : first + most]
             feeds = self._decode_feeds(ids)
-            logits: Logits = (self._run_step(feeds) if len(ids) == 1 else self._run("decode", feeds))[0]
+            logits: Logits = (self._run_step(feeds) if len(ids) == 1 else self._run("decode", feeds))[0][0]
             self._length, self._next_position = self._length + len(ids), self._next_position + len(ids)
         return logits
 
@@ -239,35 +248,37 @@ class TensorRTEngine:
             "kept_index": rows[None],
         }
 
-    def _run(self, name: PhaseName, feeds: Mapping[str, Array], output: str = "logits", count: int = 1) -> Array:
-        """Runs a phase: its output, [count, ...]."""
+    def _run(
+        self, name: PhaseName, feeds: Mapping[str, Array], outputs: Sequence[str] = ("logits",), count: int = 1
+    ) -> list[Array]:
+        """Runs a phase: its outputs, each [count, ...]."""
         phase = self._phases[name]
         phase.set_shapes(phase.shapes(feeds))
-        staged, result = self._stage(phase, feeds), self._result(phase, output, count)
-        self._submit(phase, staged, output, result)
-        return self._finish(result)
+        staged, results = self._stage(phase, feeds), self._results(phase, outputs, count)
+        self._submit(phase, staged, results)
+        return self._finish(results)
 
-    def _run_step(self, feeds: Mapping[str, Array]) -> Array:
+    def _run_step(self, feeds: Mapping[str, Array]) -> list[Array]:
         """Runs one id. Its inputs have fixed places, so that after the warm-up a captured graph does it all."""
         phase = self._phases["step"]
-        staged, result = self._stage(phase, feeds), self._result(phase, "logits", 1)
+        staged, results = self._stage(phase, feeds), self._results(phase, ("logits",), 1)
         if self._num_steps == _WARM_UP:
-            self._capture(phase, staged, result)
+            self._capture(phase, staged, results)
         self._num_steps += 1
         if self._graph is None:
-            self._submit(phase, staged, "logits", result)
+            self._submit(phase, staged, results)
         else:
             self._cuda.launch(self._graph)
-        return self._finish(result)
+        return self._finish(results)
 
-    def _capture(self, phase: Phase, staged: Mapping[str, Array], result: Array) -> None:
+    def _capture(self, phase: Phase, staged: Mapping[str, Array], results: Mapping[str, Array]) -> None:
         """Makes a graph of one step, copies included. Where that fails, `decode_mode` says why."""
         if not phase.capturable():
             self.decode_mode = "eager: TensorRT cannot record this plan"
             return
         try:
             self._cuda.begin_capture()
-            self._submit(phase, staged, "logits", result)
+            self._submit(phase, staged, results)
             self._graph = self._cuda.end_capture()
             self.decode_mode = "graph"
         except EngineError as error:
@@ -285,19 +296,20 @@ class TensorRTEngine:
             staged[name][...] = feeds[name]
         return staged
 
-    def _result(self, phase: Phase, output: str, count: int) -> Array:
-        """Where the CPU will read an output."""
-        return self._buffers[output].view((count, *phase.output_shape(output)[1:]), phase.dtype(output))
+    def _results(self, phase: Phase, outputs: Sequence[str], count: int) -> dict[str, Array]:
+        """Where the CPU will read outputs."""
+        shapes = {name: (count, *phase.output_shape(name)[1:]) for name in outputs}
+        return {name: self._buffers[name].view(shape, phase.dtype(name)) for name, shape in shapes.items()}
 
-    def _submit(self, phase: Phase, staged: Mapping[str, Array], output: str, result: Array) -> None:
-        """Enqueues copies in, one run, and the copy out."""
+    def _submit(self, phase: Phase, staged: Mapping[str, Array], results: Mapping[str, Array]) -> None:
+        """Enqueues copies in, one run, and copies out."""
         for name, value in staged.items():
             self._cuda.to_device(self._buffers[name].address, value)
         phase.enqueue()
-        self._cuda.to_host(result, self._buffers[output].address)
+        for name, result in results.items():
+            self._cuda.to_host(result, self._buffers[name].address)
 
-    def _finish(self, result: Array) -> Array:
-        """Waits, and takes the result out of the buffer that the next run writes."""
+    def _finish(self, results: Mapping[str, Array]) -> list[Array]:
+        """Waits, and takes the results out of the buffers that the next run writes."""
         self._cuda.synchronize()
-        taken: Array = result.copy()
-        return taken
+        return [result.copy() for result in results.values()]

@@ -18,7 +18,6 @@ from svcli_engines.base import (
     MachineError,
     Pixels,
     Visual,
-    check_append,
     check_extend,
     check_prefill,
     check_rewind,
@@ -45,7 +44,7 @@ class TorchEngine:
     On CUDA single ids are decoded by a captured graph. The CUDA part was written without a GPU and never run on one.
     """
 
-    can_append = False
+    can_append = True
 
     def __init__(
         self,
@@ -140,27 +139,35 @@ class TorchEngine:
 
         given = torch.from_numpy(pixels).to(self._device, self._dtype)
         with torch.no_grad():
-            rows = self._model.encode_images(given) if cut is None else self._model.encode_picture(given, cut)
-        return Visual(_numpy(rows))
+            tokens, paid = self._model.picture_tokens(given, cut)
+            chosen = self._model.select(paid)
+            rows = self._model.arrange(tokens, chosen)
+            is_choice = chosen is not None and self._model.config.skip.selector != "first"
+        return Visual(_numpy(rows), chosen[0].cpu().numpy() if is_choice else None)
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        return self._fill(input_ids, visual, layout, 0, 0)
+
+    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        return self._fill(input_ids, visual, layout, self._length, self._next_position)
+
+    def _fill(
+        self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout, length: int, next_position: int
+    ) -> Logits:
+        """The rows of `layout` behind the first `length` rows of the cache."""
         import torch
 
         from skipvision.model import BatchTensors
 
-        check_prefill(layout, visual, self._capacity)
-        self.reset()
+        check_prefill(layout, visual, self._capacity, length)
         width = self._model.config.text.hidden_size
         rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual.rows).to(self._device)
         batch = BatchTensors.of(BatchLayout.of([layout], len(input_ids)), self._device)
         ids = read_ids(input_ids, self._model.config.text.vocab_size)
-        logits = self._model.fill(torch.tensor([ids], device=self._device), rows, batch, self._cache)
-        self._length, self._next_position = layout.num_kept, layout.length
+        self._keep(length, next_position)
+        logits = self._model.append(torch.tensor([ids], device=self._device), rows, batch, self._cache, length)
+        self._length, self._next_position = length + layout.num_kept, next_position + layout.length
         return _numpy(logits[0])
-
-    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        check_append(self._length, can_append=self.can_append)
-        return self.prefill(input_ids, visual, layout)
 
     def extend(self, input_ids: Sequence[int]) -> Logits:
         import torch
@@ -183,6 +190,9 @@ class TorchEngine:
 
     def rewind(self, num_rows: int, next_position: int) -> None:
         check_rewind(num_rows, self._length)
+        self._keep(num_rows, next_position)
+
+    def _keep(self, num_rows: int, next_position: int) -> None:
         self._cache.lengths.fill_(num_rows)
         self._cache.next_positions.fill_(next_position)
         self._length, self._next_position = num_rows, next_position

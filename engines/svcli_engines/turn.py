@@ -42,7 +42,7 @@ class Turn:
 
         `is_full`: behind this token there is no room in the KV cache.
         """
-        said = self._processor.sayable(logits)
+        said = self._processor.sayable(logits, may_end=len(self.ids) >= self._sampling.min_new_tokens)
         token = self._sampler.pick(said)
         if token in self._processor.stop_ids:
             return self._end("end")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from skipvision.layout import RETAINED, SKIPPED, ImageSpan
+from skipvision.layout import RETAINED, SKIPPED, ImageSpan, Ints
 
 Floats = npt.NDArray[Any]
 
@@ -145,13 +145,27 @@ class RowAgreement:
     num_rows: int
 
 
-def agreeing_rows(got: Floats, reference: Floats, limit: Tolerance) -> RowAgreement:
-    """How many of the matched rows `got` [n, k] count as those of `reference` [n, k]."""
+def agreeing_rows(
+    got: Floats, reference: Floats, limit: Tolerance, retained: tuple[Ints, Ints] | None = None
+) -> RowAgreement:
+    """How many of the matched rows `got` [n, k] count as those of `reference` [n, k].
+
+    Or, where that is less, of the tokens that either side says it `retained` [I, R]: the choice is another where two
+    are paid as good as the same, and then their rows are others too.
+    """
     left, right = got.astype(np.float64), reference.astype(np.float64)
     left[~np.isfinite(left).all(1)] = 0
     lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     same = (left * right).sum(1) >= limit.same_row * lengths
-    return RowAgreement(float((same & (lengths > 0)).mean()), len(left))
+    shares = [float((same & (lengths > 0)).mean())] + ([same_choice(*retained)] if retained is not None else [])
+    return RowAgreement(min(shares), len(left))
+
+
+def same_choice(got: Ints, reference: Ints) -> float:
+    """Share of the retained tokens `reference` [I, R] that are in `got` [I, R] too; 0 where that is not in order."""
+    if got.shape != reference.shape or (np.diff(got, axis=1) <= 0).any():
+        return 0.0
+    return float(np.mean([np.isin(wanted, found) for found, wanted in zip(got, reference, strict=True)]))
 
 
 def agreement_of_all(pictures: Sequence[RowAgreement]) -> RowAgreement:

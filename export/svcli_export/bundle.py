@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 import skipvision
 from skipvision.config import ModelConfig
 from skipvision.folders import write_directory
-from skipvision.model import SkipVisionModel
 from svcli_export.agreement import CHECK_QUESTION, NUM_TOKENS, drawn_cards
 from svcli_export.chat import ChatTokenizer
 from svcli_export.contract import CUSTOM_DOMAIN, Contract, GraphName, Precision, build_contract
@@ -28,26 +27,27 @@ from svcli_export.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     TOKENIZER_FILE,
+    ExportCheck,
     GraphOps,
     Manifest,
+    Variant,
     file_entry,
     required_files,
 )
-from svcli_export.quantize import stored_tensors
+from svcli_export.quantize import num_blocks_read, stored_tensors
 from svcli_export.samples import Skip, sample_of, setting_of
 from svcli_export.source import Source, read_source
+from svcli_export.variants import BundleSetting, ExportError, own_setting, variant_settings
 from svcli_export.verify import verify, violations
 from svcli_export.vision_graph import vision_graph
-from svcli_export.weights import WEIGHTS_FILE, WeightFile
+from svcli_export.weights import WEIGHTS_FILE, Piece, WeightFile
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of the export that is done before it."""
 
+_VARIANT_PICTURES = 3
+"""That the check of a variant looks at, of those that are given."""
 _GRAPHS = (vision_graph, prefill_graph, decode_graph)
-
-
-class ExportError(ValueError):
-    """An export that was refused; nothing was written."""
 
 
 def export_bundle(
@@ -58,9 +58,12 @@ def export_bundle(
     max_context: int | None = None,
     max_images: int | None = None,
     skip: Skip | None = None,
+    variants: Mapping[str, Skip] | None = None,
+    default_variants: bool = True,
     pictures: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress = lambda _what, _share: None,
+    note: Callable[[str], None] = lambda _sentence: None,
     tower: Path | None = None,
     processor: Path | None = None,
 ) -> Manifest:
@@ -70,6 +73,10 @@ def export_bundle(
     (`tower` and `processor`: see `read_source`); limits that are None are the source's. `skip` overrides the source's
     setting. `pictures` are what the check looks at; test cards are drawn where there are none. An interrupted or
     refused export leaves an older bundle as it was. What else lies in its folder, such as plans or a README, stays.
+
+    `variants` are further settings by name, for which there are graphs on the same weights. With `default_variants`
+    there is `dense`, where the bundle skips, and what another bundle has; one of these that cannot be is left out with
+    a `note`.
 
     Raises ExportError, or what the parts raise: CheckpointError, BundleError, SourceError, ConfigError, ContractError
     (all ValueError).
@@ -84,31 +91,53 @@ def export_bundle(
     if isinstance(source, Source):
         origin = source
     else:
-        reading = partial(setting_of, asked=skip)
+        # A summary layer that the authors trained is read where anything skips.
+        some = next((each for each in (variants or {}).values() if each != "off"), skip)
+        reading = partial(setting_of, asked=some if skip == "off" else skip)
         origin = read_source(
             source, reading, lambda what, share: progress(what, 0.1 * share), tower=tower, processor=processor
         )
-    model = _with_skip(origin.model, skip)
-    origin.check(model.config)
     images = origin.max_images if max_images is None else max_images
     context = origin.max_context(images) if max_context is None else max_context
-    contract = build_contract(model.config, context, images, precision)
-    looked_at = _check_pictures(pictures, model.config)
+
+    def contracts(config: ModelConfig) -> Contract:
+        return build_contract(config, context, images, precision)
+
+    own = own_setting(origin, skip, contracts)
+    others = variant_settings(origin, own, variants or {}, contracts, defaults=default_variants, note=note)
+    settings = [own, *others]
+    looked_at = _check_pictures(pictures, own.model.config)
     written: list[Manifest] = []
 
     def write(folder: Path) -> None:
         progress("writing the weights", 0.1)
         _keep_others(output, folder)
         (folder / TOKENIZER_FILE).write_text(origin.tokenizer, encoding="utf-8")
-        weights = WeightFile.write(stored_tensors(model, contract), folder / WEIGHTS_FILE)
+        weights = WeightFile.write(_tensors(settings), folder / WEIGHTS_FILE)
         progress("writing the graphs", 0.3)
-        ops: dict[GraphName, GraphOps] = {}
-        for build, spec in zip(_GRAPHS, contract.graphs, strict=True):
-            graph = build(model.config, contract, weights)
-            onnx.save(graph, folder / spec.file)
-            ops[spec.name] = _count_ops(graph)
-        manifest = _checked_manifest(origin, model, contract, folder, looked_at, ops, progress)
-        (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        ops = [_write_graphs(each, weights, folder) for each in settings]
+        checks = []
+        for number, each in enumerate(settings):
+            shown = looked_at[:_VARIANT_PICTURES] if number else looked_at
+            checks.append(_check(origin, each, folder, shown, progress, 0.35 + 0.6 * number / len(settings)))
+        progress("hashing the files", 0.95)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            model=_as_json(own.model.config),
+            contract=own.contract,
+            image=origin.image,
+            chat=origin.chat,
+            graphs=ops[0],
+            files={name: file_entry(folder / name) for name in required_files(*(each.contract for each in settings))},
+            tools=_tools(),
+            check=checks[0],
+            variants={
+                each.contract.variant: _variant(each, ops[number], checks[number])
+                for number, each in enumerate(settings[1:], start=1)
+            },
+        )
+        text = manifest.model_dump_json(indent=1, by_alias=True)
+        (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
         written.append(manifest)
 
     write_directory(output, write)
@@ -133,50 +162,63 @@ def _link(old: str | Path, new: str | Path) -> None:
         shutil.copy2(old, new, follow_symlinks=False)
 
 
-def _with_skip(model: SkipVisionModel, skip: Skip | None) -> SkipVisionModel:
-    """The model with another skip setting: the same weights, but for the summary layer that the plain model lacks."""
-    asked = setting_of(model.config, skip)
-    override = None if asked == "off" else asked
-    if override is not None and override.selector == "random":
-        raise ExportError("skip.selector random draws anew at each call; export with another selector")
-    return model if override == model.config.skip else model.with_skip(override)
-
-
-def _checked_manifest(
+def _check(
     origin: Source,
-    model: SkipVisionModel,
-    contract: Contract,
+    setting: BundleSetting,
     folder: Path,
     images: Sequence[Image.Image],
-    ops: dict[GraphName, GraphOps],
     progress: Progress,
-) -> Manifest:
+    done: float,
+) -> ExportCheck:
+    """Of the graphs in `folder` for one setting; `done` is the share of the export that is. Raises ExportError."""
+    config, contract = setting.model.config, setting.contract
+    of_variant = f" of variant {contract.variant}" if contract.variant else ""
+    progress(f"checking the graphs{of_variant} against PyTorch", done)
     tokenizer = ChatTokenizer.load(folder, origin.chat.template, origin.chat.published)
-    samples = [sample_of(image, CHECK_QUESTION, model.config, tokenizer, origin.image, origin.chat) for image in images]
+    samples = [sample_of(image, CHECK_QUESTION, config, tokenizer, origin.image, origin.chat) for image in images]
     rows = max(sample.layout.num_kept for sample in samples) + NUM_TOKENS
     if rows > contract.capacity:
         wanted = contract.max_context + rows - contract.capacity
         raise ExportError(f"max_context {contract.max_context} is too small for one question; ask for {wanted} or more")
-    progress("checking the graphs against PyTorch", 0.35)
-    check = verify(model, contract, folder, samples)
+    check = verify(setting.model, contract, folder, samples)
     if found := violations(check, contract.precision):
-        raise ExportError(
-            f"the exported graphs do not do what the model does ({'; '.join(found)}); nothing was written"
-        )
-    progress("hashing the files", 0.95)
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        model=_as_json(model.config),
-        contract=contract,
-        image=origin.image,
-        chat=origin.chat,
+        problem = f"the exported graphs{of_variant} do not do what the model does ({'; '.join(found)})"
+        raise ExportError(f"{problem}; nothing was written")
+    return check
+
+
+def _tools() -> dict[str, str]:
+    return {
+        "svcli": skipvision.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "onnx", "onnxruntime")},
+    }
+
+
+def _tensors(settings: Sequence[BundleSetting]) -> Iterator[Piece]:
+    """What the graphs of any of them read."""
+    skipping = (each.model for each in settings if each.skip is not None)
+    num_blocks = max(num_blocks_read(each.model.config) for each in settings)
+    num_positions = max(each.contract.max_positions for each in settings)
+    return stored_tensors(next(skipping, settings[0].model), settings[0].contract, num_blocks, num_positions)
+
+
+def _write_graphs(setting: BundleSetting, weights: WeightFile, folder: Path) -> dict[GraphName, GraphOps]:
+    ops: dict[GraphName, GraphOps] = {}
+    for build, spec in zip(_GRAPHS, setting.contract.graphs, strict=True):
+        graph = build(setting.model.config, setting.contract, weights)
+        onnx.save(graph, folder / spec.file)
+        ops[spec.name] = _count_ops(graph)
+    return ops
+
+
+def _variant(setting: BundleSetting, ops: dict[GraphName, GraphOps], check: ExportCheck) -> Variant:
+    described = _as_json(setting.model.config)
+    return Variant(
+        skip=described["skip"],
+        skip_trained=described["skip_trained"],
+        contract=setting.contract,
         graphs=ops,
-        files={name: file_entry(folder / name) for name in required_files(contract)},
-        tools={
-            "svcli": skipvision.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "onnx", "onnxruntime")},
-        },
         check=check,
     )
 

@@ -21,6 +21,9 @@ CachePart = Literal["key", "value"]
 OPSET = 23
 """The newest that ONNX Runtime 1.23 reads, the last one for Python 3.10."""
 CUSTOM_DOMAIN = "svcli"
+NUM_SEQUENCES = "num_sequences"
+"""The free dimension of decode: sequences side by side, each with a cache of its own."""
+RETAINED = "retained"
 MOSAIC_INDEX, MOSAIC_WEIGHT = "mosaic_index", "mosaic_weight"
 CACHE_PARTS: tuple[CachePart, ...] = ("key", "value")
 _BYTES = {"float32": 4, "float16": 2, "int64": 8}
@@ -49,14 +52,20 @@ class GraphSpec(_Frozen):
     name: GraphName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    variant: str = ""
+    """Of which variant of a bundle; empty where it is none of a variant's."""
 
     @property
     def file(self) -> str:
-        return f"{self.name}.onnx"
+        return f"{self.variant}.{self.name}.onnx" if self.variant else f"{self.name}.onnx"
 
     @property
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.outputs)
 
 
 class Contract(_Frozen):
@@ -79,6 +88,16 @@ class Contract(_Frozen):
 
     def graph(self, name: GraphName) -> GraphSpec:
         return next(graph for graph in self.graphs if graph.name == name)
+
+    def of_variant(self, name: str) -> Contract:
+        """The same in the graph files of a variant."""
+        graphs = tuple(graph.model_copy(update={"variant": name}) for graph in self.graphs)
+        return self.model_copy(update={"graphs": graphs})
+
+    @property
+    def variant(self) -> str:
+        """Whose graphs they are; empty where they are none of a variant's."""
+        return self.graphs[0].variant
 
     @property
     def compute_dtype(self) -> DType:
@@ -166,7 +185,13 @@ def _vision(config: ModelConfig, precision: Precision) -> GraphSpec:
             meaning = "shares of those rows in the token"
             inputs.append(TensorSpec(name=MOSAIC_WEIGHT, dtype="float32", shape=(taken, "num_tokens"), meaning=meaning))
     visual = _visual(config, precision, "visual rows in attention order: retained, summary, skipped, summary")
-    return GraphSpec(name="vision", inputs=tuple(inputs), outputs=(visual,))
+    outputs = [visual]
+    if config.skip is not None and config.skip.selector != "first":
+        shape = (visual.shape[0], config.skip.num_retained)
+        outputs.append(
+            TensorSpec(name=RETAINED, dtype="int64", shape=shape, meaning="tokens that were retained, in raster order")
+        )
+    return GraphSpec(name="vision", inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _visual(config: ModelConfig, precision: Precision, meaning: str) -> TensorSpec:
@@ -191,39 +216,47 @@ def _prefill(config: ModelConfig, capacity: int, precision: Precision) -> GraphS
             shape=(1, "num_rows"),
             meaning="row of the table (text, then visual) for each row in memory order: kept rows first",
         ),
-        TensorSpec(name="position_ids", dtype="int64", shape=(1, "num_rows"), meaning="place in attention order"),
         TensorSpec(
-            name="visible_until", dtype="int64", shape=(1, "num_rows"), meaning="last position that may look at the row"
+            name="position_ids",
+            dtype="int64",
+            shape=(1, "num_rows"),
+            meaning="place in attention order, behind all positions before",
         ),
     ]
     if config.num_skipped:
-        inputs.append(
-            TensorSpec(
-                name="kept_index", dtype="int64", shape=(1, "num_kept"), meaning="rows that survive in the KV cache"
-            )
-        )
-    past, present = _caches(config, capacity, precision, "kept rows at 0..num_kept")
+        until, kept = "last position that may look at a skipped row", "rows that survive in the KV cache"
+        inputs.append(TensorSpec(name="visible_until", dtype="int64", shape=(1, "num_rows"), meaning=until))
+        inputs.append(TensorSpec(name="kept_index", dtype="int64", shape=(1, "num_kept"), meaning=kept))
+    inputs.append(
+        TensorSpec(name="write_index", dtype="int64", shape=(1,), meaning="rows in the cache, which all rows look at")
+    )
+    past, present = _caches(config, capacity, precision, "kept rows behind write_index")
     return GraphSpec(name="prefill", inputs=(*inputs, *past), outputs=(_logits(config), *present))
 
 
 def _decode(config: ModelConfig, capacity: int, precision: Precision) -> GraphSpec:
     inputs = (
-        TensorSpec(name="input_ids", dtype="int64", shape=(1, "num_new"), meaning="new ids behind the cache"),
-        TensorSpec(name="position_ids", dtype="int64", shape=(1, "num_new"), meaning="skipped rows keep theirs"),
-        TensorSpec(name="write_index", dtype="int64", shape=(1,), meaning="rows in the cache"),
+        TensorSpec(
+            name="input_ids", dtype="int64", shape=(NUM_SEQUENCES, "num_new"), meaning="new ids behind the cache"
+        ),
+        TensorSpec(
+            name="position_ids", dtype="int64", shape=(NUM_SEQUENCES, "num_new"), meaning="skipped rows keep theirs"
+        ),
+        TensorSpec(name="write_index", dtype="int64", shape=(NUM_SEQUENCES,), meaning="rows in the cache"),
     )
-    past, present = _caches(config, capacity, precision, "new rows behind write_index")
-    return GraphSpec(name="decode", inputs=(*inputs, *past), outputs=(_logits(config), *present))
+    past, present = _caches(config, capacity, precision, "new rows behind write_index", NUM_SEQUENCES)
+    return GraphSpec(name="decode", inputs=(*inputs, *past), outputs=(_logits(config, NUM_SEQUENCES), *present))
 
 
-def _logits(config: ModelConfig) -> TensorSpec:
-    return TensorSpec(name="logits", dtype="float32", shape=(1, config.text.vocab_size), meaning="of the last row")
+def _logits(config: ModelConfig, num_sequences: int | str = 1) -> TensorSpec:
+    shape = num_sequences, config.text.vocab_size
+    return TensorSpec(name="logits", dtype="float32", shape=shape, meaning="of the last row")
 
 
 def _caches(
-    config: ModelConfig, capacity: int, precision: Precision, written: str
+    config: ModelConfig, capacity: int, precision: Precision, written: str, num_sequences: int | str = 1
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    shape, dtype = (1, config.text.num_kv_heads, capacity, config.text.head_dim), compute_dtype(precision)
+    shape, dtype = (num_sequences, config.text.num_kv_heads, capacity, config.text.head_dim), compute_dtype(precision)
     past, present = [], []
     for layer in range(config.text.num_layers):
         for part in CACHE_PARTS:

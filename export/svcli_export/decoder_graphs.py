@@ -1,6 +1,7 @@
 """The `prefill` and `decode` graphs: a Llama-type decoder that writes reduced K and V into fixed buffers.
 
-Shapes: T ids, L rows, n new rows, D width, H heads, G KV heads, d head size, C cache capacity. One sequence.
+Shapes: B sequences (1 in prefill), T ids, L rows of a prompt, K of them kept and S skipped, n new rows, w rows in the
+cache before them, D width, H heads, G KV heads, d head size, C cache capacity.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class DecoderGraph(GraphBuilder):
         """Graph output to value."""
 
     def embed(self) -> str:
-        """Text embeddings [1, T, D]. The table is stored [D, V] for the tied head, so ids pick columns."""
+        """Text embeddings [B, T, D]. The table is stored [D, V] for the tied head, so ids pick columns."""
         with self.scope("decoder.embed"):
             columns = self.op("Gather", self.weight(_EMBEDDING + TRANSPOSED), "input_ids", name="columns", axis=1)
             rows = self.op("Transpose", columns, name="rows", perm=[1, 2, 0])
@@ -43,47 +44,59 @@ class DecoderGraph(GraphBuilder):
         return self.op("RMSNormalization", hidden, scale, name=name, axis=-1, epsilon=self.text.rms_norm_eps)
 
     def rotate(self, heads: str, positions: str, num_heads: int, name: str) -> str:
-        """RoPE on [1, n, heads*d] at `positions` [1, n]."""
+        """RoPE on [B, n, heads*d] at `positions` [B, n]."""
         tables = self.weight(ROPE_COS), self.weight(ROPE_SIN)
         return self.op("RotaryEmbedding", heads, *tables, positions, name=name, num_heads=num_heads)
 
     def key_value(self, normed: str, layer: int, positions: str) -> dict[CachePart, str]:
-        """Rotated key and value of one layer, both [1, n, G*d]."""
+        """Rotated key and value of one layer, both [B, n, G*d]."""
         module = f"decoder.layers.{layer}.attention"
         key = self.linear(normed, f"{module}.k", bias=self.text.qkv_bias)
         rotated = self.rotate(key, positions, self.text.num_kv_heads, "attention.k_rotated")
         return {"key": rotated, "value": self.linear(normed, f"{module}.v", bias=self.text.qkv_bias)}
 
     def query(self, normed: str, layer: int, positions: str) -> str:
-        """Rotated query [1, n, H*d]."""
+        """Rotated query [B, n, H*d]."""
         query = self.linear(normed, f"decoder.layers.{layer}.attention.q", bias=self.text.qkv_bias)
         return self.rotate(query, positions, self.text.num_heads, "attention.q_rotated")
 
     def heads(self, flat: str, num_heads: int, name: str) -> str:
-        """[1, n, heads*d] to [1, heads, n, d]."""
-        shape = self.ints(1, -1, num_heads, self.text.head_dim)
+        """[B, n, heads*d] to [B, heads, n, d]."""
+        shape = self.ints(0, -1, num_heads, self.text.head_dim)
         return self.op("Transpose", self.op("Reshape", flat, shape, name=f"{name}_rows"), name=name, perm=[0, 2, 1, 3])
 
     def slots(self, first: str, count: str) -> str:
-        """Cache rows [n]: `first` [1] and those behind it; `count` [1] is n."""
+        """Cache rows [B, n]: `first` [B] and those behind it; `count` [1] is n."""
         zero, one = self.constant(np.array(0), "zero"), self.constant(np.array(1), "one")
         offsets = self.op("Range", zero, self.op("Squeeze", count, name="count"), one, name="offsets")
-        return self.op("Add", offsets, first, name="slots")
+        return self.op("Add", self.op("Unsqueeze", first, self.ints(1), name="first_slot"), offsets, name="slots")
 
-    def write_cache(self, layer: int, rows: dict[CachePart, str], slots: str) -> list[str]:
-        """Puts key and value `rows` [1, n, G*d] at `slots` [n] of the layer's buffers; returns those [1, G, C, d]."""
-        buffers = []
+    def used_slots(self, length: str) -> str:
+        """[1, 1, 1, `length`]: the numbers of the rows that `write_cache` returns."""
+        every = self.constant(np.arange(self.contract.capacity, dtype=np.int64).reshape(1, 1, -1, 1), "all_slots")
+        return self.op(
+            "Transpose", self.op("CacheRead", every, length, name="used"), name="used_slots", perm=[0, 1, 3, 2]
+        )
+
+    def write_cache(self, layer: int, rows: dict[CachePart, str], slots: str, length: str) -> list[str]:
+        """Puts key and value `rows` [B, n, G*d] at `slots` [B, n] of the layer's buffers.
+
+        Returns the first `length` rows of either, [B, G, length, d].
+        """
+        used = []
         for part, flat in rows.items():
             update = self.heads(flat, self.text.num_kv_heads, f"{part}_heads")
             buffer = self.op("CacheWrite", past_name(layer, part), update, slots, name=f"{part}_cache")
             self.caches[present_name(layer, part)] = buffer
-            buffers.append(buffer)
-        return buffers
+            used.append(self.op("CacheRead", buffer, length, name="used"))
+        return used
 
-    def attend(self, query: str, key: str, value: str, mask: str) -> str:
-        """`mask` is bool, [1, 1, n, K]. Inputs are [1, n, heads*d]."""
-        heads = {"q_num_heads": self.text.num_heads, "kv_num_heads": self.text.num_kv_heads}
-        return self.op("Attention", query, key, value, mask, name="attention", **heads)
+    def attend(self, query: str, keys: str, values: str, mask: str) -> str:
+        """[B, n, H*d] of `query` [B, n, H*d], which looks at m rows [B, G, m, d]; `mask` [B, 1, n, m] bool."""
+        heads = self.heads(query, self.text.num_heads, "query_heads")
+        mixed = self.op("Attention", heads, keys, values, mask, name="attention")
+        rows = self.op("Transpose", mixed, name="mixed", perm=[0, 2, 1, 3])
+        return self.op("Reshape", rows, self.ints(0, -1, self.text.num_heads * self.text.head_dim), name="mixed_rows")
 
     def after_attention(self, hidden: str, mixed: str, layer: int) -> str:
         out = self.linear(mixed, f"decoder.layers.{layer}.attention.o", bias=False)
@@ -99,7 +112,7 @@ class DecoderGraph(GraphBuilder):
         return self.op("Add", hidden, self.linear(grown, f"{module}.ffn.down", bias=False), name="after_ffn")
 
     def logits(self, row: str) -> onnx.ModelProto:
-        """Ends the graph: `row` [1, 1, D] to logits [1, vocab] in fp32."""
+        """Ends the graph: `row` [B, 1, D] to logits [B, vocab] in fp32."""
         with self.scope("decoder"):
             normed = self.norm(row, "decoder.norm")
             # A tied head is the embedding's bytes under a name of its own: ONNX Runtime fuses DequantizeLinear into
@@ -113,44 +126,49 @@ class DecoderGraph(GraphBuilder):
 
 
 def prefill_graph(config: ModelConfig, contract: Contract, weights: WeightFile) -> onnx.ModelProto:
-    """All rows of a prompt at once; K and V of kept rows go to 0..num_kept of empty buffers.
+    """All rows of a prompt at once, behind w rows of the cache, of which there may be none.
 
-    Rows are in memory order, kept rows first, so the FFN stream is a slice. In the last layer only the last kept row
-    is asked for, and only it is computed beyond K and V.
+    Rows are in memory order, kept rows first, so the FFN stream is a slice. They attend to the cache, in which the kept
+    ones are by then, and to the skipped ones beside it. In the last layer only the last kept row is asked for, and only
+    it is computed beyond K and V.
     """
     g = DecoderGraph("prefill", config, contract, weights)
-    hidden = prompt_rows(g)
+    hidden = _prompt_rows(g)
     skipping = "kept_index" in g.spec.input_names
     num_kept = g.op("Shape", "kept_index" if skipping else "position_ids", name="num_kept", start=1, end=2)
     last = g.op("Sub", num_kept, g.ints(1), name="last_kept"), num_kept
-    slots = g.slots(g.ints(0), num_kept)
-    mask = _mask(g, "position_ids", "mask") if config.text.num_layers > 1 else ""
+    slots, length = g.slots("write_index", num_kept), g.op("Add", "write_index", num_kept, name="length")
+    used_slots = g.used_slots(length)
+    mask = _mask(g, "position_ids", num_kept, used_slots) if config.text.num_layers > 1 else ""
     for layer in range(config.text.num_layers):
         is_last = layer == config.text.num_layers - 1
         with g.scope(f"decoder.layers.{layer}"):
             normed = g.norm(hidden, f"decoder.layers.{layer}.norm1")
-            rows = g.key_value(normed, layer, "position_ids")
+            rows = kept = g.key_value(normed, layer, "position_ids")
             if skipping:
-                kept_rows = {
-                    part: g.op("TokenGather", flat, "kept_index", name="kept_rows") for part, flat in rows.items()
-                }
-            g.write_cache(layer, kept_rows if skipping else rows, slots)
+                kept = {part: g.op("TokenGather", flat, "kept_index", name="kept_rows") for part, flat in rows.items()}
+            keys, values = g.write_cache(layer, kept, slots, length)
+            if skipping:
+                keys, values = (
+                    g.op("Concat", cached, _skipped(g, flat, num_kept), name="attended", axis=2)
+                    for cached, flat in zip((keys, values), rows.values(), strict=True)
+                )
             positions = "position_ids"
             if is_last:
                 normed, hidden = g.rows(normed, *last, name="last_normed"), g.rows(hidden, *last, name="last_row")
                 positions = g.rows("position_ids", *last, name="last_position")
-                mask = _mask(g, positions, "last_mask")
-            query = g.query(normed, layer, positions)
-            hidden = g.after_attention(hidden, g.attend(query, rows["key"], rows["value"], mask), layer)
+                mask = _mask(g, positions, num_kept, used_slots)
+            mixed = g.attend(g.query(normed, layer, positions), keys, values, mask)
+            hidden = g.after_attention(hidden, mixed, layer)
             if is_last or not skipping:
                 hidden = g.feed_forward(hidden, layer)
             else:
-                kept = g.feed_forward(g.rows(hidden, 0, num_kept, name="kept"), layer)
-                hidden = g.op("Concat", kept, g.rows(hidden, num_kept, name="skipped"), name="joined", axis=1)
+                grown = g.feed_forward(g.rows(hidden, 0, num_kept, name="kept"), layer)
+                hidden = g.op("Concat", grown, g.rows(hidden, num_kept, name="skipped"), name="joined", axis=1)
     return g.logits(hidden)
 
 
-def prompt_rows(g: DecoderGraph) -> str:
+def _prompt_rows(g: DecoderGraph) -> str:
     """[1, L, D] in memory order: `source` picks from the text embeddings and the visual rows behind them."""
     with g.scope("prompt"):
         visual = g.op("Reshape", "visual", g.ints(1, -1, g.text.hidden_size), name="visual_rows")
@@ -158,37 +176,48 @@ def prompt_rows(g: DecoderGraph) -> str:
         return g.op("TokenGather", table, "source", name="hidden")
 
 
-def _mask(g: DecoderGraph, query_positions: str, name: str) -> str:
-    """[1, 1, n, L] bool: key position <= query position <= how long the key is visible."""
-    query = g.op("Unsqueeze", query_positions, g.ints(1, 3), name=f"{name}.query")
-    key = g.op("Unsqueeze", "position_ids", g.ints(1, 2), name=f"{name}.key")
-    until = g.op("Unsqueeze", "visible_until", g.ints(1, 2), name=f"{name}.until")
-    causal = g.op("LessOrEqual", key, query, name=f"{name}.causal")
-    return g.op("And", causal, g.op("LessOrEqual", query, until, name=f"{name}.visible"), name=name)
+def _skipped(g: DecoderGraph, flat: str, num_kept: str) -> str:
+    """[1, G, S, d] of [1, L, G*d]."""
+    return g.heads(g.rows(flat, num_kept, name="skipped_rows"), g.text.num_kv_heads, "skipped_heads")
+
+
+def _mask(g: DecoderGraph, query_positions: str, num_kept: str, used_slots: str) -> str:
+    """[1, 1, n, w + K + S] bool.
+
+    Kept rows are in ascending order and never hidden, so a row sees of the cache all that was there, and as many of
+    the new ones as have no later position than it has itself. A skipped row is seen as long as it is visible.
+    """
+    with g.scope("mask"):
+        query = g.op("Unsqueeze", query_positions, g.ints(1, 3), name="query")
+        kept = g.op("Unsqueeze", g.rows("position_ids", 0, num_kept, name="kept_positions"), g.ints(1, 2), name="kept")
+        before = g.op("LessOrEqual", kept, query, name="before")
+        counted = g.op("ReduceSum", g.op("Cast", before, to=onnx.TensorProto.INT64), g.ints(3), name="num_before")
+        cached = g.op("Less", used_slots, g.op("Add", counted, "write_index", name="end"), name="cached")
+        if "visible_until" not in g.spec.input_names:
+            return cached
+        bounds = [
+            g.op("Unsqueeze", g.rows(name, num_kept, name="of_skipped"), g.ints(1, 2), name="bound")
+            for name in ("position_ids", "visible_until")
+        ]
+        begun = g.op("LessOrEqual", bounds[0], query, name="begun")
+        visible = g.op("And", begun, g.op("LessOrEqual", query, bounds[1], name="not_over"), name="skipped")
+        return g.op("Concat", cached, visible, name="visible", axis=3)
 
 
 def decode_graph(config: ModelConfig, contract: Contract, weights: WeightFile) -> onnx.ModelProto:
-    """n new ids behind the cache. Each attends to the rows in use up to itself."""
+    """n new ids behind the cache of each sequence. Each attends to the rows of its own sequence up to itself."""
     g = DecoderGraph("decode", config, contract, weights)
     hidden = g.embed()
-    width = g.text.num_heads * g.text.head_dim
     num_new = g.op("Shape", "input_ids", name="num_new", start=1, end=2)
     slots = g.slots("write_index", num_new)
-    own_slots = g.op("Unsqueeze", slots, g.ints(0, 1, 3), name="own_slots")
-    length = g.op("Add", "write_index", num_new, name="length")
-    all_slots = g.constant(np.arange(contract.capacity, dtype=np.int64).reshape(1, 1, -1, 1), "all_slots")
-    used_slots = g.op(
-        "Transpose", g.op("CacheRead", all_slots, length, name="used"), name="used_slots", perm=[0, 1, 3, 2]
-    )
-    mask = g.op("LessOrEqual", used_slots, own_slots, name="mask")
+    longest = g.op("ReduceMax", "write_index", g.ints(0), name="longest")
+    length = g.op("Add", longest, num_new, name="length")
+    own_slots = g.op("Unsqueeze", slots, g.ints(1, 3), name="own_slots")
+    mask = g.op("LessOrEqual", g.used_slots(length), own_slots, name="mask")
     for layer in range(config.text.num_layers):
         with g.scope(f"decoder.layers.{layer}"):
             normed = g.norm(hidden, f"decoder.layers.{layer}.norm1")
-            buffers = g.write_cache(layer, g.key_value(normed, layer, "position_ids"), slots)
-            keys, values = (g.op("CacheRead", buffer, length, name="used") for buffer in buffers)
-            query = g.heads(g.query(normed, layer, "position_ids"), g.text.num_heads, "query_heads")
-            mixed = g.op("Attention", query, keys, values, mask, name="attention")
-            merged = g.op("Transpose", mixed, name="mixed", perm=[0, 2, 1, 3])
-            rows = g.op("Reshape", merged, g.ints(1, -1, width), name="mixed_rows")
-            hidden = g.feed_forward(g.after_attention(hidden, rows, layer), layer)
+            keys, values = g.write_cache(layer, g.key_value(normed, layer, "position_ids"), slots, length)
+            mixed = g.attend(g.query(normed, layer, "position_ids"), keys, values, mask)
+            hidden = g.feed_forward(g.after_attention(hidden, mixed, layer), layer)
     return g.logits(g.rows(hidden, -1, name="last_row"))

@@ -44,12 +44,12 @@ def summary_pool_function() -> FunctionProto:
 
 
 def cache_write_function() -> FunctionProto:
-    """`CacheWrite(past, rows, slots) -> present`: TensorScatter of opset 24, in what opset 23 has.
+    """`CacheWrite(past, rows, slots) -> present`: TensorScatter of opset 24, in what opset 23 has; slots are [B, n].
 
     ScatterElements writes in place in ONNX Runtime where past and present are bound to one buffer.
     """
     nodes = [
-        helper.make_node("Constant", [], ["around"], value_ints=[0, 1, 3]),
+        helper.make_node("Constant", [], ["around"], value_ints=[1, 3]),
         helper.make_node("Unsqueeze", ["slots", "around"], ["slots_column"]),
         helper.make_node("Shape", ["rows"], ["shape"]),
         helper.make_node("Expand", ["slots_column", "shape"], ["index"]),

@@ -31,6 +31,8 @@ class BundleSummary:
     """Bytes of all files together."""
     file_problems: dict[str, str]
     """File to what is wrong with it; empty where all hashes fit."""
+    variants: dict[str, Manifest]
+    """By name, each as a bundle of its own."""
 
 
 def inspect_bundle(bundle: Path) -> BundleSummary:
@@ -43,6 +45,7 @@ def inspect_bundle(bundle: Path) -> BundleSummary:
         kv_reduced=reduced,
         size=sum(entry.size for entry in manifest.files.values()),
         file_problems=file_problems(bundle, manifest),
+        variants={name: manifest.variant(name) for name in manifest.variants},
     )
 
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from skipvision.config import ConfigError, ModelConfig, Transparency, from_mapping
+from skipvision.config import ConfigError, ModelConfig, SkipConfig, Transparency, from_mapping
+from skipvision.presets import PRESETS
 from svcli_export.contract import Contract, ContractError, GraphName, build_contract
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 LARGE_FILE = 256 << 20
 """Bytes from which on a file is not hashed where a quick look is enough: chat would wait for it, seconds a gigabyte."""
+DENSE = "dense"
+"""The variant that skips nothing."""
+VARIANT_NAME = r"^[a-z0-9][a-z0-9-]{0,63}$"
+"""It begins file names."""
 _REMEDY = "re-export it with `svcli export`"
 
 Fit = Literal["pad", "pad_first", "crop", "stretch"]
@@ -29,6 +35,10 @@ class BundleError(ValueError):
 
 class NoBundleError(BundleError):
     """What is no bundle at all."""
+
+
+class NoVariantError(BundleError):
+    """A variant that a bundle does not have."""
 
 
 class _Strict(BaseModel):
@@ -128,6 +138,17 @@ class ExportCheck(_Strict):
     against PyTorch with the rounded weights. None: against PyTorch with the weights as they were."""
 
 
+class Variant(_Strict):
+    """Graphs of the same weights for another skip setting."""
+
+    skip: dict[str, Any] | None
+    """None: nothing is skipped."""
+    skip_trained: bool
+    contract: Contract
+    graphs: dict[GraphName, GraphOps]
+    check: ExportCheck
+
+
 class Manifest(_Strict):
     """Everything that chat must know of a model beside its graphs and its tokenizer."""
 
@@ -141,10 +162,60 @@ class Manifest(_Strict):
     tools: dict[str, str]
     """Versions of what wrote the bundle."""
     check: ExportCheck
+    variant_table: dict[Annotated[str, StringConstraints(pattern=VARIANT_NAME)], Variant] = Field(alias="variants")
+    """By name."""
 
     @property
     def config(self) -> ModelConfig:
         return from_mapping(ModelConfig, self.model, "model")
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the other skip settings that the bundle has graphs for."""
+        return tuple(self.variant_table)
+
+    def variant(self, name: str) -> Manifest:
+        """The manifest of a variant as of a bundle that holds nothing else: engines and processors take it as they do
+        the bundle's own. `name` as `variant_name` has it, or as users write it.
+
+        Raises NoVariantError for one that is not there, with the command that adds it.
+        """
+        named = variant_name(name)
+        if named not in self.variant_table:
+            raise NoVariantError(self._without(name))
+        found = self.variant_table[named]
+        needed = required_files(found.contract)
+        changes = {
+            "model": self.model | {"skip": found.skip, "skip_trained": found.skip_trained},
+            "contract": found.contract,
+            "graphs": found.graphs,
+            "files": {file: entry for file, entry in self.files.items() if file in needed},
+            "check": found.check,
+            "variant_table": {},
+        }
+        return self.model_copy(update=changes)
+
+    def _without(self, name: str) -> str:
+        own, named = self.config.skip, variant_name(name)
+        if own is None and named == DENSE:
+            return f"this bundle has no variant {name!r}: its own graphs skip nothing; leave the variant out"
+        beside = f" and the variants {', '.join(self.variants)}" if self.variants else ""
+        is_setting = named == DENSE or named in PRESETS or re.fullmatch(r"\d+-\d+", named)
+        return (
+            f"this bundle has no variant {name!r}, only its own graphs ({setting_text(own)}){beside};"
+            f" `svcli export BUNDLE -o BUNDLE --overwrite --precision {self.contract.precision}"
+            f" --variant {named if is_setting else 'R/S'}` adds one"
+        )
+
+
+def setting_text(skip: SkipConfig | None) -> str:
+    """A skip setting as users write it."""
+    return "off" if skip is None else f"{skip.num_retained}/{skip.num_skipped}"
+
+
+def variant_name(text: str) -> str:
+    """The name of a variant that users ask for by its setting: `off` is dense, and `44/69` is 44-69."""
+    return DENSE if text == "off" else text.replace("/", "-")
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -164,14 +235,10 @@ def load_manifest(bundle: Path, *, check_files: bool = True, quick: bool = False
     version, or a contract that does not belong to the model.
     """
     manifest = _parse(bundle, _read(bundle))
-    try:
-        limits = manifest.contract
-        expected = build_contract(manifest.config, limits.max_context, limits.max_images, limits.precision)
-    except (ConfigError, ContractError) as error:
-        raise BundleError(f"{bundle}: {MANIFEST_FILE} describes an impossible model ({error}); {_REMEDY}") from None
-    if expected != manifest.contract:
-        raise BundleError(f"{bundle}: its graph contract is not the one this version of svcli uses; {_REMEDY}")
-    needed = set(required_files(manifest.contract))
+    for name in ("", *manifest.variants):
+        _check_contract(bundle, manifest, name)
+    variants = (variant.contract for variant in manifest.variant_table.values())
+    needed = set(required_files(manifest.contract, *variants))
     if unlike := sorted(needed ^ manifest.files.keys()):
         problem = "does not list" if unlike[0] in needed else "lists the unknown file"
         raise BundleError(f"{bundle}: {MANIFEST_FILE} {problem} {unlike[0]}; {_REMEDY}")
@@ -181,9 +248,10 @@ def load_manifest(bundle: Path, *, check_files: bool = True, quick: bool = False
     return manifest
 
 
-def required_files(contract: Contract) -> tuple[str, ...]:
-    """Files that a bundle cannot do without, manifest.json aside."""
-    return (*(graph.file for graph in contract.graphs), "weights.safetensors", TOKENIZER_FILE)
+def required_files(*contracts: Contract) -> tuple[str, ...]:
+    """Files that a bundle with graphs of these contracts cannot do without, manifest.json aside."""
+    graphs = (graph.file for contract in contracts for graph in contract.graphs)
+    return (*graphs, "weights.safetensors", TOKENIZER_FILE)
 
 
 def file_problems(bundle: Path, manifest: Manifest, *, quick: bool = False) -> dict[str, str]:
@@ -198,6 +266,19 @@ def file_problems(bundle: Path, manifest: Manifest, *, quick: bool = False) -> d
         elif not (quick and entry.size >= LARGE_FILE) and file_entry(path) != entry:
             problems[name] = "was altered (its sha256 differs)"
     return problems
+
+
+def _check_contract(bundle: Path, manifest: Manifest, variant: str) -> None:
+    """Of a variant, or where `variant` is empty of the bundle's own graphs. The limits are those of the bundle."""
+    limits = manifest.contract
+    try:
+        found = manifest.variant(variant) if variant else manifest
+        contract = build_contract(found.config, limits.max_context, limits.max_images, limits.precision)
+    except (ConfigError, ContractError) as error:
+        raise BundleError(f"{bundle}: {MANIFEST_FILE} describes an impossible model ({error}); {_REMEDY}") from None
+    if contract.of_variant(variant) != found.contract:
+        whose = f" of its variant {variant}" if variant else ""
+        raise BundleError(f"{bundle}: its graph contract{whose} is not the one this version of svcli uses; {_REMEDY}")
 
 
 def _read(bundle: Path) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def _summary_pool_shape(
 
 @torch.library.custom_op("svcli::cache_write", mutates_args=())
 def cache_write(past: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """The buffer `past` [1, G, C, d] with `rows` [1, G, n, d] at `slots` [n] (int64, consecutive)."""
-    return past.index_copy(2, slots, rows)
+    """The buffers `past` [B, G, C, d] with `rows` [B, G, n, d] at `slots` [B, n] (int64, consecutive)."""
+    return past.scatter(2, slots[:, None, :, None].expand_as(rows), rows)
 
 
 @cache_write.register_fake
@@ -59,7 +59,7 @@ def _cache_write_shape(past: Tensor, rows: Tensor, slots: Tensor) -> Tensor:  # 
 
 @torch.library.custom_op("svcli::cache_read", mutates_args=())
 def cache_read(buffer: Tensor, length: Tensor) -> Tensor:
-    """The first `length` [1] (int64) rows of `buffer` [1, G, C, d]."""
+    """The first `length` [1] (int64) rows of each `buffer` [B, G, C, d]."""
     return buffer[:, :, : int(length)].clone()
 
 

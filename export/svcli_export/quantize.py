@@ -91,10 +91,14 @@ def num_blocks_read(config: ModelConfig) -> int:
     return max(*config.vision.feature_layers, config.vision.select_layer if ranked else 0)
 
 
-def stored_tensors(model: SkipVisionModel, contract: Contract) -> Iterator[Piece]:
+def stored_tensors(
+    model: SkipVisionModel, contract: Contract, num_blocks: int | None = None, num_positions: int | None = None
+) -> Iterator[Piece]:
     """Every tensor of `weights.safetensors`, in pieces that are made when they are written.
 
-    Matrices of linear layers and the embedding are stored transposed. A tied output head is the embedding.
+    Matrices of linear layers and the embedding are stored transposed. A tied output head is the embedding. `num_blocks`
+    layers of the encoder and `num_positions` rows of the rotary tables are stored, those that the model itself reads
+    where neither is given.
     """
     dtype = np.dtype(contract.compute_dtype)
     config = model.config
@@ -103,8 +107,9 @@ def stored_tensors(model: SkipVisionModel, contract: Contract) -> Iterator[Piece
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding) and name != _VECTOR_LIKE
     }
-    unread = tuple(f"vision.blocks.{layer}." for layer in range(num_blocks_read(config), config.vision.num_layers))
-    positions = torch.arange(contract.max_positions)[None]
+    first_unread = num_blocks_read(config) if num_blocks is None else num_blocks
+    unread = tuple(f"vision.blocks.{layer}." for layer in range(first_unread, config.vision.num_layers))
+    positions = torch.arange(contract.max_positions if num_positions is None else num_positions)[None]
     for name, table in zip(
         (ROPE_COS, ROPE_SIN), rope_table(positions, config.text.head_dim, config.text.rope_theta), strict=True
     ):

@@ -29,6 +29,7 @@ from svcli_export.quantize import (
 from svcli_export.weights import WEIGHTS_FILE
 
 EMBEDDING, HEAD = "decoder.embed.weight", "decoder.head.weight"
+_SUMMARY = "summary."
 
 
 class StoredWeights:
@@ -73,7 +74,8 @@ class StoredWeights:
 def restore_model(bundle: Path, manifest: Manifest, *, mapped: bool = False) -> SkipVisionModel:
     """The model in fp32, in eval mode, on the CPU. Layers of the encoder that nothing reads are not in a bundle: 0.
 
-    `mapped`: weights of a float bundle stay in the file, in the dtype that they have there.
+    `manifest` is the bundle's, or that of one of its variants. `mapped`: weights of a float bundle stay in the file, in
+    the dtype that they have there.
 
     Raises BundleError where the weights are unreadable or not those of the manifest's model.
     """
@@ -81,14 +83,16 @@ def restore_model(bundle: Path, manifest: Manifest, *, mapped: bool = False) -> 
     try:
         stored = StoredWeights(path)
         read = stored.mapped if mapped else stored.copied
-        tensors = {name: read(name) for name in stored.names}
+        # A plain model has no summary layer, though a variant beside it may need one.
+        names = (name for name in stored.names if config.skip is not None or not name.startswith(_SUMMARY))
+        tensors = {name: read(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path}: unreadable ({error}); re-export it with `svcli export`") from None
     with torch.device("meta"):
         model = SkipVisionModel(config)
     unread = tuple(f"vision.blocks.{layer}." for layer in range(num_blocks_read(config), config.vision.num_layers))
     for name, parameter in model.state_dict().items():
-        if name.startswith(unread):
+        if name.startswith(unread) and name not in tensors:
             tensors[name] = torch.zeros(parameter.shape)
     if config.text.tie_embeddings and EMBEDDING in tensors:
         tensors[HEAD] = tensors[EMBEDDING]

@@ -15,6 +15,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from skipvision.config import ModelConfig
+from skipvision.layout import Ints
 from skipvision.tiles import Cut, mosaic
 from svcli_export.contract import MOSAIC_INDEX, MOSAIC_WEIGHT, Contract
 
@@ -89,18 +90,21 @@ def open_session(
 
 def run_vision(
     session: ort.InferenceSession, contract: Contract, config: ModelConfig, pixels: Floats, cut: Cut | None
-) -> Floats:
+) -> tuple[Floats, Ints | None]:
     """Visual rows [I, V, D] of `pixels` [I, 3, S, S]: pictures that are seen once, or the views of one, joined as `cut`
-    says where the model joins them."""
-    names = contract.graph("vision").input_names
+    says where the model joins them. Also which tokens were retained [I, R], where the graph tells."""
+    spec = contract.graph("vision")
+    names = spec.input_names
     if MOSAIC_INDEX in names:
         assert cut is not None
         pieces = mosaic(config, cut)
         feeds = {"pixels": pixels, MOSAIC_INDEX: pieces.index, MOSAIC_WEIGHT: pieces.weight}
-        (visual,) = session.run(["visual"], {name: feeds[name] for name in names})
-        return np.asarray(visual)
-    parts = [pixels[first : first + _AT_ONCE] for first in range(0, len(pixels), _AT_ONCE)]
-    return np.concatenate([np.asarray(session.run(["visual"], {"pixels": part})[0]) for part in parts])
+        runs = [session.run(spec.output_names, {name: feeds[name] for name in names})]
+    else:
+        parts = [pixels[first : first + _AT_ONCE] for first in range(0, len(pixels), _AT_ONCE)]
+        runs = [session.run(spec.output_names, {"pixels": part}) for part in parts]
+    visual, *retained = (np.concatenate(outputs) for outputs in zip(*runs, strict=True))
+    return visual, retained[0] if retained else None
 
 
 @cache

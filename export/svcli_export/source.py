@@ -65,6 +65,9 @@ class Source:
     image: ImageProcessing
     manifest: Manifest | None = None
     """Of a bundle."""
+    skipping: SkipVisionModel | None = None
+    """The model on the same weights as a variant of the bundle has it, where the bundle itself skips nothing: with the
+    summary layer that `model` lacks."""
 
     def max_context(self, max_images: int) -> int:
         """Rows of one conversation where nothing else is asked for."""
@@ -82,9 +85,12 @@ class Source:
 
     def check(self, config: ModelConfig) -> None:
         """Raises SourceError where this is a bundle that lacks layers of the encoder which `config` reads."""
-        if self.manifest is not None and num_blocks_read(config) > num_blocks_read(self.manifest.config):
+        if self.manifest is None:
+            return
+        own = (self.manifest, *map(self.manifest.variant, self.manifest.variants))
+        if num_blocks_read(config) > max(num_blocks_read(each.config) for each in own):
             raise SourceError(
-                "this bundle holds only those layers of the encoder that its own skip setting reads; export from its"
+                "this bundle holds only those layers of the encoder that its own skip settings read; export from its"
                 " checkpoint instead"
             )
 
@@ -105,13 +111,17 @@ def read_source(
     or CheckpointError, BundleError, ConfigError or ProcessingError for what cannot be read.
     """
     outline = read_outline(folder, tower=tower, processor=processor)
+    skipping = None
     if outline.manifest is not None:
         model = restore_model(folder, outline.manifest, mapped=True)
+        others = map(outline.manifest.variant, outline.manifest.variants if model.config.skip is None else ())
+        if (other := next((each for each in others if each.config.skip is not None), None)) is not None:
+            skipping = restore_model(folder, other, mapped=True)
     elif is_published(folder):
         model = load_published(folder, stored_dtype(folder), progress, tower=tower, skip=skip(outline.config))
     else:
         model = load_checkpoint(folder)
-    return Source(model, outline.tokenizer, outline.chat, outline.image, outline.manifest)
+    return Source(model, outline.tokenizer, outline.chat, outline.image, outline.manifest, skipping)
 
 
 def read_outline(

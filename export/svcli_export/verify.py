@@ -16,7 +16,7 @@ from onnxruntime import InferenceSession
 
 from skipvision.config import ModelConfig
 from skipvision.decoder import KVCache
-from skipvision.layout import BatchLayout, read_ids
+from skipvision.layout import BatchLayout, Ints, TokenLayout, read_ids
 from skipvision.model import BatchTensors, SkipVisionModel
 from svcli_export.agreement import (
     MOST_ROUNDED,
@@ -32,6 +32,7 @@ from svcli_export.agreement import (
     worst,
 )
 from svcli_export.contract import CACHE_PARTS, Contract, GraphName, Precision, past_name, present_name
+from svcli_export.feeds import no_visual, prompt_feeds
 from svcli_export.manifest import ExportCheck, RowCheck, StageCheck
 from svcli_export.reference import computing_in_fp32, own_weights
 from svcli_export.restore import EMBEDDING, HEAD, StoredWeights
@@ -46,6 +47,8 @@ LARGE = 2**31
 LARGE_TOKENS = 4
 HELD = 2**30
 """Weights up to which PyTorch's fp32 copy of them is kept for all tokens: 4 GiB."""
+_NUM_BEFORE = 4
+"""Ids that a prompt is appended to."""
 _PAST = "past_key_values."
 
 
@@ -86,10 +89,15 @@ class _Expected:
 
     visual: Floats
     """[1, V, D]."""
+    retained: Ints | None
+    """[1, R]; None where nothing is selected."""
     caches: dict[str, Floats]
     """Rows that were kept of each buffer, [1, G, num_kept, d]."""
     logits: tuple[Floats, ...]
     """[1, vocab] after prefill and after each decode step."""
+    later_caches: dict[str, Floats]
+    """Of the same prompt with its `_before` in front, in one."""
+    later_logits: Floats
 
     @property
     def tokens(self) -> list[int]:
@@ -161,21 +169,45 @@ def _weight_error(model: SkipVisionModel, stored: StoredWeights) -> float:
 
 @torch.no_grad()
 def _expected(model: SkipVisionModel, contract: Contract, sample: Sample, num_tokens: int) -> _Expected:
-    layout = sample.layout
-    visual = model.encode_picture(torch.from_numpy(sample.pixels), sample.cut)
-    capacity = layout.num_kept + num_tokens
-    cache = _fp32(model.new_cache(1, capacity))
-    ids = read_ids(sample.prompt, model.config.text.vocab_size)
-    batch = BatchTensors.of(BatchLayout.of([layout], len(ids)), torch.device("cpu"))
-    logits = [model.fill(torch.tensor([ids]), visual, batch, cache)]
-    kept = {
-        past_name(layer, part): buffers[layer][:, :, : layout.num_kept].numpy().copy()
-        for layer in range(contract.num_layers)
-        for part, buffers in zip(CACHE_PARTS, (cache.keys, cache.values), strict=True)
-    }
+    layout, before = sample.layout, _before(sample)
+    tokens, paid = model.picture_tokens(torch.from_numpy(sample.pixels), sample.cut)
+    chosen = model.select(paid)
+    visual = model.arrange(tokens, chosen)
+    cache = _fp32(model.new_cache(1, layout.num_kept + max(len(before), num_tokens)))
+
+    def filled(ids: Sequence[int], layout: TokenLayout) -> tuple[torch.Tensor, dict[str, Floats]]:
+        batch = BatchTensors.of(BatchLayout.of([layout], len(ids)), torch.device("cpu"))
+        logits = model.fill(torch.tensor([read_ids(ids, model.config.text.vocab_size)]), visual, batch, cache)
+        pairs = zip(CACHE_PARTS, (cache.keys, cache.values), strict=True)
+        rows = {
+            past_name(layer, part): buffers[layer][:, :, : layout.num_kept].numpy().copy()
+            for part, buffers in pairs
+            for layer in range(contract.num_layers)
+        }
+        return logits, rows
+
+    whole = TokenLayout((len(before), *layout.segments), layout.visibility)
+    later_logits, later_kept = filled([*before, *sample.prompt], whole)
+    first, kept = filled(sample.prompt, layout)
+    logits = [first]
     for _ in range(num_tokens - 1):
         logits.append(model.decode(logits[-1].argmax(-1)[:, None], cache)[:, -1])
-    return _Expected(visual.numpy(), kept, tuple(each.numpy() for each in logits))
+    retained = None if chosen is None else chosen[0].numpy()
+    steps = tuple(each.numpy() for each in logits)
+    return _Expected(visual.numpy(), retained, kept, steps, later_kept, later_logits.numpy())
+
+
+def _before(sample: Sample) -> list[int]:
+    """Ids that stand in the cache when the prompt is appended: a few of its own, without pictures.
+
+    There is room for them, since there is for an answer.
+    """
+    text, place = list[int](), 0
+    for segment in sample.layout.segments:
+        if isinstance(segment, int):
+            text += sample.prompt[place : place + segment]
+        place += segment if isinstance(segment, int) else 1
+    return text[-_NUM_BEFORE:]
 
 
 def _fp32(cache: KVCache) -> KVCache:
@@ -199,6 +231,29 @@ class _Graphs:
         logits, *buffers = session.run(["logits", *(present_name(*part) for part in parts)], feeds)
         return np.asarray(logits), {past_name(*part): each for part, each in zip(parts, buffers, strict=True)}
 
+    def prefill(
+        self,
+        session: InferenceSession,
+        ids: Sequence[int],
+        visual: Floats | None,
+        layout: TokenLayout,
+        before: Mapping[str, Floats],
+        num_before: int = 0,
+    ) -> tuple[Floats, dict[str, Floats]]:
+        """Logits [1, vocab], and the rows of each buffer by then, of which `num_before` without a gap are `before`."""
+        spec = self.contract.graph("prefill")
+        vocab = next(tensor for tensor in spec.outputs if tensor.name == "logits").shape[1]
+        feeds = {
+            "input_ids": np.array([read_ids(ids, int(vocab))], np.int64),
+            "visual": no_visual(self.contract) if visual is None else visual.astype(self.contract.compute_dtype),
+            **prompt_feeds(layout, num_before, num_before),
+        }
+        nothing = np.zeros((1, self.contract.num_kv_heads, 0, self.contract.head_dim))
+        past = {name: before.get(name, nothing) for name in spec.input_names if name.startswith(_PAST)}
+        given = {name: feeds[name] for name in feeds if name in spec.input_names}
+        logits, buffers = self.run(session, given | self.buffers(past))
+        return logits, {name: each[:, :, : num_before + layout.num_kept].copy() for name, each in buffers.items()}
+
     def buffers(self, rows: Mapping[str, Floats]) -> dict[str, Floats]:
         """Whole buffers with `rows` [1, G, n, d] at their beginning."""
         made = {}
@@ -214,39 +269,33 @@ def _check_vision(
     stage = _Stage("vision")
     session = graphs.open("vision")
     for sample, wanted in zip(samples, expected, strict=True):
-        got = run_vision(session, graphs.contract, config, sample.pixels, sample.cut)
+        got, retained = run_vision(session, graphs.contract, config, sample.pixels, sample.cut)
         matched, rows = match_runs(got, wanted.visual, sample.layout.images)
         stage.compare(matched, rows)
-        stage.agreeing.append(agreeing_rows(matched, rows, TOLERANCES[graphs.contract.precision]))
+        chosen = None if retained is None or wanted.retained is None else (retained, wanted.retained)
+        stage.agreeing.append(agreeing_rows(matched, rows, TOLERANCES[graphs.contract.precision], chosen))
     return stage
 
 
 def _check_prefill(
     graphs: _Graphs, samples: Sequence[Sample], expected: Sequence[_Expected]
 ) -> tuple[_Stage, list[int], list[dict[str, Floats]]]:
-    """Also the token after each prompt, and the rows that were kept of each buffer."""
+    """Also the token after each prompt, and the rows that were kept of each buffer.
+
+    Each prompt goes into an empty cache, and again behind ids that are in it, which must be what both are in one.
+    """
     stage, tokens, caches = _Stage("prefill"), [], []
-    contract, names = graphs.contract, graphs.contract.graph("prefill").input_names
-    empty = {
-        name: np.zeros((1, contract.num_kv_heads, 0, contract.head_dim)) for name in names if name.startswith(_PAST)
-    }
     session = graphs.open("prefill")
     for sample, wanted in zip(samples, expected, strict=True):
-        layout = sample.layout
-        feeds = {
-            "input_ids": np.array([read_ids(sample.prompt, wanted.logits[0].shape[-1])], np.int64),
-            "visual": wanted.visual.astype(contract.compute_dtype),
-            "source": layout.source[None],
-            "position_ids": layout.positions[None],
-            "visible_until": layout.visible_until[None],
-            "kept_index": np.arange(layout.num_kept)[None],
-        }
-        given = {name: feeds[name] for name in feeds if name in names}
-        logits, buffers = graphs.run(session, given | graphs.buffers(empty))
-        kept = {name: buffer[:, :, : layout.num_kept].copy() for name, buffer in buffers.items()}
+        before, visual, layout = _before(sample), wanted.visual, sample.layout
+        logits, kept = graphs.prefill(session, sample.prompt, visual, layout, {})
+        _, behind = graphs.prefill(session, before, None, TokenLayout((len(before),)), {})
+        later_logits, later_kept = graphs.prefill(session, sample.prompt, visual, layout, behind, len(before))
         stage.compare(logits, wanted.logits[0])
+        stage.compare(later_logits, wanted.later_logits)
         for name, rows in kept.items():
             stage.compare(rows, wanted.caches[name])
+            stage.compare(later_kept[name], wanted.later_caches[name])
         tokens.append(int(logits.argmax()))
         caches.append(kept)
     return stage, tokens, caches

@@ -13,7 +13,7 @@ import torch
 from skipvision.config import Activation, ModelConfig, SkipConfig, VisionConfig
 from skipvision.select import split_tokens, token_scores
 from svcli_export.builder import GraphBuilder
-from svcli_export.contract import MOSAIC_INDEX, MOSAIC_WEIGHT, Contract
+from svcli_export.contract import MOSAIC_INDEX, MOSAIC_WEIGHT, RETAINED, Contract
 from svcli_export.ops import SUMMARY_EPSILON
 from svcli_export.quantize import num_blocks_read
 from svcli_export.resampler_graph import resample
@@ -24,7 +24,7 @@ _MERGE_EPSILON = 1e-6  # an all-zero token is no division by zero
 
 
 def vision_graph(config: ModelConfig, contract: Contract, weights: WeightFile) -> onnx.ModelProto:
-    """`pixels` [I, 3, H, W] to `visual` [I, V, D]."""
+    """`pixels` [I, 3, H, W] to `visual` [I, V, D], and to `retained` [I, R] where tokens are selected."""
     g = GraphBuilder("vision", contract, weights)
     features, attention = _encoder(g, config)
     if config.pixel_shuffle > 1:
@@ -32,8 +32,8 @@ def vision_graph(config: ModelConfig, contract: Contract, weights: WeightFile) -
     tokens = _projector(g, config, features)
     if config.tiles is not None and config.tiles.is_joined:
         tokens, attention = _joined(g, config, tokens, attention)
-    visual = tokens if config.skip is None else _split(g, config, config.skip, tokens, attention)
-    return g.finish({"visual": visual})
+    outputs = {"visual": tokens} if config.skip is None else _split(g, config, config.skip, tokens, attention)
+    return g.finish(outputs)
 
 
 def _encoder(g: GraphBuilder, config: ModelConfig) -> tuple[str, str]:
@@ -221,8 +221,12 @@ def _convs(g: GraphBuilder, config: ModelConfig, hidden: str) -> str:
     return g.op("Transpose", flat, name="mixed_patches", perm=[0, 2, 1])
 
 
-def _split(g: GraphBuilder, config: ModelConfig, skip: SkipConfig, tokens: str, attention: str) -> str:
-    """Visual rows [I, R+M+2, D] ([I, R+1, D] where the rest is dropped) from tokens [I, T, D]."""
+def _split(g: GraphBuilder, config: ModelConfig, skip: SkipConfig, tokens: str, attention: str) -> dict[str, str]:
+    """The outputs: visual rows [I, R+M+2, D] ([I, R+1, D] where the rest is dropped) from tokens [I, T, D].
+
+    Also which were retained, unless those are the first.
+    """
+    chosen = {}
     is_joined = config.tiles is not None and config.tiles.is_joined
     with g.scope("split"):
         if skip.selector == "first":
@@ -231,6 +235,7 @@ def _split(g: GraphBuilder, config: ModelConfig, skip: SkipConfig, tokens: str, 
         else:
             choose = _free_indices if is_joined else _indices
             retained_index, rest_index = choose(g, config, skip, tokens, attention)
+            chosen = {RETAINED: retained_index}
             retained = g.op("TokenGather", tokens, retained_index, name="retained")
             rest = g.op("TokenGather", tokens, rest_index, name="rest") if skip.num_skipped else ""
         pooled = g.rows(retained, skip.num_unpooled, name="pooled") if skip.num_unpooled else retained
@@ -239,7 +244,7 @@ def _split(g: GraphBuilder, config: ModelConfig, skip: SkipConfig, tokens: str, 
             num_rest = None if is_joined else config.num_tokens - skip.num_retained
             skipped = rest if skip.num_skipped == num_rest else _merge(g, rest, num_rest, skip.num_skipped)
             groups += [skipped, _summary(g, skipped, "skipped_summary")]
-        return g.op("Concat", *groups, name="visual", axis=1)
+        return {"visual": g.op("Concat", *groups, name="visual", axis=1), **chosen}
 
 
 def _indices(g: GraphBuilder, config: ModelConfig, skip: SkipConfig, tokens: str, attention: str) -> tuple[str, str]:

@@ -135,6 +135,13 @@ def shard(module: nn.Module, processes: Processes) -> None:
             each.set_force_sum_reduction_for_comms(True)
 
 
+def split_again(module: nn.Module) -> None:
+    """After forward passes that no backward pass followed: FSDP leaves the root whole until one does, and what is then
+    written or filled would be copies that it throws away."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """The rows that this process holds, as a plain tensor on the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from skipvision.config import ModelConfig
 from skipvision.training.conversation import Broken, BrokenSampleError, Source
+from skipvision.training.errors import not_written
 from skipvision.training.samples import Measure, measure_sample
 from skipvision.training.speaker import Speaker
 
@@ -63,7 +64,7 @@ class Index:
         return np.cumsum([0, *self.sizes])
 
     def save(self, path: Path, key: str) -> None:
-        """Writes one file, atomically."""
+        """Writes one file, atomically. Raises StateError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         broken = json.dumps({number: asdict(each) for number, each in self.broken.items()}).encode()
         tensors: dict[str, npt.NDArray[np.int64] | npt.NDArray[np.uint8]] = {
@@ -75,6 +76,8 @@ class Index:
         try:
             save_file(tensors, fresh, {"key": key})
             os.replace(fresh, path)
+        except (OSError, SafetensorError) as error:
+            raise not_written(path, error) from None
         finally:
             fresh.unlink(missing_ok=True)
 

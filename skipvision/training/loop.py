@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 
 from skipvision.training.conversation import Broken, broken_samples
-from skipvision.training.distributed import Processes, joined, shard, whole
-from skipvision.training.errors import NotFiniteError, StateError, TrainError
+from skipvision.training.distributed import Processes, joined, shard, split_again, whole
+from skipvision.training.errors import NotFiniteError, TrainError, not_written
 from skipvision.training.events import (
     BrokenEvent,
     DoneEvent,
@@ -216,6 +216,7 @@ class _Run:
         self.task.module.eval()
         with torch.no_grad(), self.updater.autocast():
             found = self.task.validate()
+        split_again(self.task.module)
         step = self.progress.step
         answers = self.processes.exchange([dict(found.scores), [asdict(each) for each in found.broken]])
         self._count_broken([Broken(**each) for _, broken in answers for each in broken], step)
@@ -261,9 +262,7 @@ class _Run:
             try:
                 self.task.write_checkpoint(folder, state)
             except (OSError, SafetensorError) as error:
-                raise StateError(
-                    f"{folder}: could not be written ({error}); the same command writes it once that is mended"
-                ) from None
+                raise not_written(folder, error, "writes it") from None
         self.processes.wait()
         return folder
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from skipvision.training.errors import not_written
 from skipvision.training.events import (
     BrokenEvent,
     DoneEvent,
@@ -38,7 +39,7 @@ def row(event: Event) -> dict[str, Any]:
 
 
 class RunLog:
-    """Of one run; only the first process has one."""
+    """Of one run; only the first process has one. What writes raises StateError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,15 +50,22 @@ class RunLog:
         if step == 0 and not rows and facts:
             rows.append(dict(facts))
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(map(_line, rows)), encoding="utf-8")
-        os.replace(partial, self.path)
+        try:
+            partial.write_text("".join(map(_line, rows)), encoding="utf-8")
+            os.replace(partial, self.path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise not_written(self.path, error) from None
 
     def write(self, event: Event, step: int) -> None:
         """A row, if it is of an event that has one; `step` is how many are done."""
         if not isinstance(event, _PASSING):
             told = row(event)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({"event": told["event"], "step": step} | told))
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(_line({"event": told["event"], "step": step} | told))
+            except OSError as error:
+                raise not_written(self.path, error) from None
 
     def rows(self) -> list[dict[str, Any]]:
         """All that are whole: a kill may cut the last one."""

@@ -7,7 +7,6 @@ have to see the same folder.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -25,12 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skipvision.training.distributed import Processes, local, rows_of
-from skipvision.training.errors import NoRoomError, StateError
+from skipvision.training.errors import StateError, kind_of, reason
 
 FORMAT = 1
 _INFO = "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Result = TypeVar("Result")
 
 
@@ -120,7 +118,7 @@ class States:
             self._together(lambda: self._new_folder(partial), "could not be made")
             files = self._together(write_shard, f"{final.name} could not be written")
             self._together(lambda: finish(dict(files)), f"{final.name} could not be written")
-        except StateError:
+        except (StateError, KeyboardInterrupt, SystemExit):
             if self.processes.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -243,13 +241,12 @@ class States:
         try:
             result = action()
         except (OSError, SafetensorError) as error:
-            problem = _reason(error)
+            problem = reason(error)
         answers = self.processes.exchange((result, problem))
         for _, (code, words) in (each for each in answers if each[1] is not None):
-            kind = NoRoomError if code in _FULL else StateError
             last = self.steps()
             kept = f"; the run goes on from step {last[-1]} when it is started again" if last else ""
-            raise kind(f"{self.folder}: {what} ({words}){kept}")
+            raise kind_of(code)(f"{self.folder}: {what} ({words}){kept}")
         return [each[0] for each in answers]
 
 
@@ -301,11 +298,3 @@ def _hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _reason(error: OSError | SafetensorError) -> tuple[int | None, str]:
-    """The system's number and words; safetensors has them in its message alone."""
-    if isinstance(error, OSError):
-        return error.errno, error.strerror or str(error)
-    match = re.search(r"os error (\d+)", str(error))
-    return (int(match[1]), os.strerror(int(match[1]))) if match else (None, str(error))

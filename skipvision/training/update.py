@@ -208,10 +208,10 @@ def _within_memory(step: int, micro_batch: MicroBatch) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        counts = micro_batch.counts
         raise NoMemoryError(
-            f"step {step + 1}: memory does not hold {counts.samples} samples of {counts.rows:,} rows; lower"
-            " optim.micro_batch_size or data.max_length, or set checkpoint_activations = true"
+            f"step {step + 1}: memory does not hold the {micro_batch.counts.rows:,} rows of"
+            f" {_listed(micro_batch.names)}; lower optim.micro_batch_size or data.max_length, or set"
+            " checkpoint_activations = true"
         ) from None
 
 

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from svcli import ui
+from svcli.errors import UsageError
 from svcli.models import model_folder
-from svcli.remarks import remarks
-from svcli.skip_option import parse_setting
+from svcli.remarks import dense_remarks, remarks
+from svcli.skip_option import parse_setting, parse_variants
 
 
 class Precision(str, Enum):
@@ -64,6 +65,17 @@ def export(
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="Or one of the paper's settings, such as sv-llava-100.")
     ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="R/S|NAME",
+            help="Another setting that the bundle gets graphs for, on the same weights: R/S, dense, or one of the"
+            " paper's; may be given several times. A bundle that skips has dense without being asked, and keeps those"
+            " of the bundle that it is made of.",
+        ),
+    ] = None,
+    no_variants: Annotated[bool, typer.Option("--no-variants", help="No graphs but those of the one setting.")] = False,
     vision_tower: Annotated[
         str | None,
         typer.Option(
@@ -85,14 +97,17 @@ def export(
 ) -> None:
     """Write a checkpoint, a published model, or another bundle, as a bundle for chat.
 
-    Three ONNX graphs (vision, prefill, decode), one weight file and a manifest, checked against PyTorch at the end.
-    What another bundle has rounded stays rounded.
+    Three ONNX graphs (vision, prefill, decode), one weight file and a manifest, checked against PyTorch at the end. So
+    is the variant that skips nothing, on the same weights. What another bundle has rounded stays rounded.
     """
-    setting = parse_setting(preset, skip)
+    if variants and no_variants:
+        raise UsageError("--variant and --no-variants: name one of them")
+    setting, asked = parse_setting(preset, skip), parse_variants(variants or ())
     folder = model_folder(source)
     tower = None if vision_tower is None else model_folder(vision_tower, check=_any_config)
     from svcli_export.bundle import export_bundle
 
+    notes: list[str] = []
     with ui.Progress() as progress:
         manifest = export_bundle(
             folder,
@@ -101,9 +116,12 @@ def export(
             max_context=max_context,
             max_images=max_images,
             skip=setting,
+            variants=asked,
+            default_variants=not no_variants,
             pictures=pictures or (),
             overwrite=overwrite,
             progress=lambda what, share: progress.update(what, share, 1.0),
+            note=notes.append,
             tower=tower,
             processor=processor,
         )
@@ -111,9 +129,14 @@ def export(
     ui.note(
         f"{check.agreement:.1%} of {check.num_tokens} greedy tokens agree with PyTorch on {check.num_pictures} pictures"
     )
+    for name in manifest.variants:
+        own = manifest.variant(name).check
+        ui.note(f"variant {name}: {own.agreement:.1%} of {own.num_tokens} on {own.num_pictures}")
+    for sentence in notes:
+        ui.note(sentence)
     if check.weight_error is not None:
         ui.note(f"rounding to 4 bits moved the weights by {check.weight_error:.1%} at most")
-    for remark in remarks(manifest.config):
+    for remark in remarks(manifest.config) + dense_remarks(manifest):
         ui.note(remark)
     ui.show(str(output))
 

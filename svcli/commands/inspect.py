@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from svcli import plan_tables, ui
+from svcli.remarks import dense_remarks
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
+    from skipvision.config import SkipConfig
     from svcli_engines.plans import PlanError, PlanRecord, PlanSet
     from svcli_export.contract import Contract, GraphSpec
     from svcli_export.inspection import BundleSummary
@@ -27,8 +29,8 @@ def inspect(
 ) -> None:
     """Show what a bundle is made of.
 
-    Settings, KV rows and bytes full against reduced, graphs with their shapes, hashes, the export's own check, and
-    the plans that `svcli build-engine` made. Exit code 1 where a file is damaged, or a plan does not fit.
+    Settings, KV rows and bytes full against reduced, graphs with their shapes, variants, hashes, the export's own
+    check, and the plans that `svcli build-engine` made. Exit code 1 where a file is damaged, or a plan does not fit.
     """
     from svcli_export.inspection import inspect_bundle
     from svcli_export.manifest import BundleError
@@ -102,6 +104,8 @@ def plan_facts(each: ExaminedPlans) -> dict[str, Any]:
 
 def facts(summary: BundleSummary) -> dict[str, Any]:
     """The summary for programs: rows of one image by stage, KV rows and bytes, and the whole manifest."""
+    from svcli_export.inspection import kv_sizes
+
     return {
         "rows_per_image": _rows_per_image(summary.manifest),
         "kv_bytes_per_row": summary.manifest.contract.kv_bytes_per_row,
@@ -109,7 +113,11 @@ def facts(summary: BundleSummary) -> dict[str, Any]:
         "kv_reduced": asdict(summary.kv_reduced),
         "size": summary.size,
         "file_problems": summary.file_problems,
-        "manifest": summary.manifest.model_dump(mode="json"),
+        "variants": {
+            name: {"rows_per_image": _rows_per_image(each), "kv_reduced": asdict(kv_sizes(each.contract)[1])}
+            for name, each in summary.variants.items()
+        },
+        "manifest": summary.manifest.model_dump(mode="json", by_alias=True),
     }
 
 
@@ -144,6 +152,14 @@ def _render(folder: Path, summary: BundleSummary) -> None:
     tensors = [tensor for graph in contract.graphs for tensor in _tensors(graph)]
     ui.table("Graphs", ("graph", "", "name", "dtype", "shape"), tensors)
     ui.table("Nodes", ("graph", "nodes", "of our own"), [_nodes(name, ops) for name, ops in manifest.graphs.items()])
+    if summary.variants:
+        ui.table(
+            "Variants: other settings on the same weights",
+            ("variant", "skipping", "KV rows", "bytes", "nodes", "tokens that agree with PyTorch"),
+            [_variant(name, each) for name, each in summary.variants.items()],
+        )
+        for remark in dense_remarks(manifest):
+            ui.show(remark)
     files = manifest.files.items()
     ui.table(
         "Files",
@@ -171,20 +187,33 @@ def _render_plans(each: ExaminedPlans, contract: Contract) -> None:
 
 
 def _settings(manifest: Manifest) -> list[tuple[str, str]]:
-    vision, text, skip = manifest.config.vision, manifest.config.text, manifest.config.skip
-    contract = manifest.contract
-    skipping = "off"
-    if skip is not None:
-        seen_by = "the same image" if skip.visibility == "image" else "all later rows"
-        skipping = f"{skip.num_retained} retained ({skip.selector}), {skip.num_skipped} skipped, visible to {seen_by}"
+    vision, text, contract = manifest.config.vision, manifest.config.text, manifest.contract
     return [
         ("vision", f"{vision.num_layers} layers of {vision.hidden_size}, {vision.num_patches} patches"),
         ("decoder", f"{text.num_layers} layers of {text.hidden_size}, {text.num_kv_heads} KV heads of {text.head_dim}"),
-        ("skipping", skipping),
+        ("skipping", _skipping(manifest.config.skip)),
         ("precision", f"{contract.precision} weights, {contract.compute_dtype} KV cache"),
         ("limits", f"{contract.max_images} images, {contract.max_context} rows as the plain model counts them"),
         ("written by", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
     ]
+
+
+def _skipping(skip: SkipConfig | None) -> str:
+    if skip is None:
+        return "off"
+    seen_by = "the same image" if skip.visibility == "image" else "all later rows"
+    return f"{skip.num_retained} retained ({skip.selector}), {skip.num_skipped} skipped, visible to {seen_by}"
+
+
+def _variant(name: str, manifest: Manifest) -> tuple[str, ...]:
+    from svcli_export.inspection import kv_sizes
+    from svcli_export.manifest import setting_text
+
+    _, kv_cache = kv_sizes(manifest.contract)
+    nodes = sum(count for graph in manifest.graphs.values() for count in graph.ops.values())
+    agreeing = f"{manifest.check.agreement:.1%} of {manifest.check.num_tokens}"
+    skipping = setting_text(manifest.config.skip)
+    return name, skipping, str(kv_cache.rows), ui.size(kv_cache.bytes_total), str(nodes), agreeing
 
 
 def _nodes(name: str, ops: GraphOps) -> tuple[str, str, str]:

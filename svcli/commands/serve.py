@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svcli import ui
-from svcli.engines import EngineName, open_pool
+from svcli.engines import EngineName
 from svcli.errors import FAILURE, UsageError
 from svcli.remarks import remarks
 from svcli.settings import bundled_model, debugging
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from svcli.server.served import Served
 
 KEY_VARIABLE = "SVCLI_API_KEY"
@@ -35,6 +36,12 @@ def serve(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="What requests call the model; its folder's name if left out.")
     ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant", metavar="V", help="A variant to serve beside it, as NAME:V, such as dense; repeatable."
+        ),
+    ] = None,
     engine: Annotated[
         EngineName, typer.Option(metavar="NAME", help="What runs the bundle, as for `svcli chat`.")
     ] = EngineName.ONNXRUNTIME,
@@ -42,7 +49,10 @@ def serve(
     parallel: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1024, metavar="N", help="Answers at a time, each with a KV cache of its own; 4 on onnxruntime."
+            min=1,
+            max=1024,
+            metavar="N",
+            help="Answers at a time, each with a KV cache of its own; on onnxruntime up to 8, as fit 1 GiB.",
         ),
     ] = None,
     queue: Annotated[
@@ -85,11 +95,9 @@ def serve(
     from svcli.server.gate import Gate
     from svcli.server.limits import Limits
     from svcli.server.metrics import Metrics
+    from svcli.server.opening import open_models
     from svcli.server.run import address, bind, run
-    from svcli.server.served import Readers, Served
-    from svcli_engines.pictures import VisualCache
-    from svcli_engines.processor import Processor
-    from svcli_engines.schedule import Scheduler
+    from svcli.server.served import Readers
     from svcli_export.manifest import load_manifest
 
     _set_up_log(quiet)
@@ -103,17 +111,23 @@ def serve(
         if not quiet:
             for remark in remarks(manifest.config):
                 ui.note(remark)
-        processor, visuals = Processor(bundle, manifest), VisualCache()
-        pool = open_pool(engine, bundle, manifest, num_slots=parallel, threads=threads)
-        scheduler = Scheduler(pool, processor, max_waiting=queue, visuals=visuals)
-        served = Served(name or bundle.resolve().name, processor, scheduler, visuals, int(time.time()))
-        models, num_slots = {served.name: served}, len(pool.slots)
+        models = open_models(
+            bundle,
+            manifest,
+            name or bundle.resolve().name,
+            variants or (),
+            engine,
+            threads=threads,
+            parallel=parallel,
+            max_waiting=queue,
+        )
+        schedulers = [each.scheduler for each in models.values()]
         limits = Limits(
             max_body=int(max_body * 2**20),
             max_pixels=int(max_pixels * 1e6),
             max_tokens=max_tokens,
             seconds=timeout,
-            max_calls=num_slots + queue,
+            max_calls=sum(scheduler.load().num_slots + queue for scheduler in schedulers),
             allow_urls=allow_urls,
         )
         metrics, readers = Metrics(models), Readers(limits, min(4, len(os.sched_getaffinity(0))))
@@ -121,7 +135,7 @@ def serve(
         app = make_app(models, limits, metrics, readers)
         gate = Gate(app, limits, key=key, hosts=hosts, count=metrics.count_request)
         url = address(listener)
-        all_ended = run(gate, listener, [scheduler], drain, lambda: _tell(url, served, key is not None))
+        all_ended = run(gate, listener, schedulers, drain, lambda: _tell(url, models, key is not None))
         readers.close()
     if not all_ended:
         ui.error("answers were broken off: they took longer than --drain")
@@ -180,12 +194,13 @@ class _Printable(logging.Filter):
         return True
 
 
-def _tell(url: str, served: Served, needs_key: bool) -> None:
-    load = served.scheduler.load()
-    slots = f"{load.num_slots} slot{'s' if load.num_slots > 1 else ''}"
+def _tell(url: str, models: Mapping[str, Served], needs_key: bool) -> None:
+    loads = [model.scheduler.load() for model in models.values()]
+    num_slots, reserved = sum(load.num_slots for load in loads), sum(load.kv_bytes_reserved for load in loads)
+    slots = f"{num_slots} slot{'s' if num_slots > 1 else ''}"
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_key else ""
+    asked = f'{{"model": "{next(iter(models))}", "messages": [{{"role": "user", "content": "hello"}}]}}'
     ui.serving(
-        f"{url}/v1 serves {served.name}: {slots}, {ui.size(load.kv_bytes_reserved)} of KV cache reserved",
-        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'"
-        + (f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_key else "")
-        + f""" -d '{{"model": "{served.name}", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
+        f"{url}/v1 serves {', '.join(models)}: {slots}, {ui.size(reserved)} of KV cache reserved",
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{asked}'",
     )

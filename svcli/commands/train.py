@@ -166,5 +166,7 @@ def _draw(output: Path, history: History) -> None:
         from svcli.plots import draw_losses
 
         draw_losses(output / "loss.png", history, output.resolve().name)
+    except OSError as error:
+        ui.note(f"{output / 'loss.png'}: could not be written ({error.strerror})")
     except ModuleNotFoundError:
         ui.note('matplotlib is not installed, so there is no loss.png: pip install "svcli[plots]"')

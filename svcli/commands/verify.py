@@ -41,6 +41,9 @@ def verify(
             help="What the bundle was exported from, as the reference; the bundle's own weights if left out.",
         ),
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Variant of the bundle; its own graphs if left out.")
+    ] = None,
     engines: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help=f"With commas between: {', '.join(ENGINES)}; all there are if left out."),
@@ -64,6 +67,8 @@ def verify(
 
     folder = bundle or bundled_model()
     manifest = load_manifest(folder)
+    if variant is not None:
+        manifest = manifest.variant(variant)
     pictures = open_pictures(images or [], manifest.image.transparency)
     candidates = openers(folder, manifest, names, checkpoint)
     with ui.Progress() as progress:
@@ -77,10 +82,15 @@ def verify(
             progress=progress.update,
         )
     if as_json:
-        described = {"bundle": str(folder), "checkpoint": str(checkpoint) if checkpoint else None}
+        described = {
+            "bundle": str(folder),
+            "variant": manifest.contract.variant or None,
+            "checkpoint": str(checkpoint) if checkpoint else None,
+        }
         ui.show(json.dumps(described | facts(outcome), indent=2))
     else:
-        reference = f"{outcome.reference} on {checkpoint or 'the weights of the bundle'}"
+        what = f", variant {manifest.contract.variant}" if manifest.contract.variant else ""
+        reference = f"{outcome.reference} on {checkpoint or 'the weights of the bundle'}{what}"
         for comparison in outcome.comparisons:
             _render(comparison, reference, layers=layers)
         ui.show(f"Pictures: {', '.join(outcome.pictures)}")

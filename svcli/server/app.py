@@ -14,17 +14,19 @@ from starlette.exceptions import HTTPException
 
 from svcli import __version__
 from svcli.server.answering import Answering
-from svcli.server.asking import ChatRequest, check, conversation_of, sampling_of
+from svcli.server.asking import ChatRequest, LookRequest, check, conversation_of, sampling_of
 from svcli.server.calls import Call
 from svcli.server.gate import SCOPE_KEY
 from svcli.server.limits import Limits
+from svcli.server.looking import looked_at
 from svcli.server.metrics import Metrics
 from svcli.server.problems import EXPECTED, ErrorBody, Problem, problem_of, problem_of_body
-from svcli.server.replies import Card, Cards, ChatCompletion, Health, Writer, event
+from svcli.server.replies import Card, Cards, ChatCompletion, Health, Look, Writer, event
 from svcli.server.served import Readers, Served, pick
 from svcli_engines.answer import Stats
 from svcli_engines.sampling import Token
 from svcli_engines.turn import Piece
+from svcli_export.chat import Message
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request."},
@@ -50,7 +52,7 @@ def make_app(models: Mapping[str, Served], limits: Limits, metrics: Metrics, rea
     async def complete(asked: ChatRequest, request: Request) -> Response:
         """Answers the last message of a conversation, which is a user's."""
         check(asked)
-        model = pick(models, asked.model, asked.svcli.variant if asked.svcli else None)
+        model = pick(models, asked.model, asked.variant)
         call: Call = request.scope[SCOPE_KEY]
         started, sampling = time.monotonic(), sampling_of(asked, limits)
         said, urls = conversation_of(asked.messages, model.processor.contract.max_images)
@@ -87,6 +89,13 @@ def make_app(models: Mapping[str, Served], limits: Limits, metrics: Metrics, rea
             return
         note(call, now, writer.model)
         yield writer.end(now, with_usage=with_usage)
+
+    @app.post("/v1/svcli/look")
+    async def look(asked: LookRequest) -> Look:
+        """Shows which parts of a picture the model retains, before or without a question."""
+        model = pick(models, asked.model, asked.variant)
+        question = await readers.question(model, [Message("user", "-", images=1)], [asked.image_url.url])
+        return await looked_at(model, question, limits.seconds)
 
     @app.get("/v1/models")
     async def list_models() -> Cards:

@@ -152,9 +152,25 @@ class ChatRequest(_Wire):
     metadata: dict[str, str] | None = None
 
     @property
+    def variant(self) -> str | None:
+        return self.svcli.variant if self.svcli else None
+
+    @property
     def wants_usage(self) -> bool:
         """In a stream."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+class LookRequest(_Wire):
+    """A picture, to see what the model keeps of it."""
+
+    model: Text = Field(max_length=512)
+    image_url: ImageUrl
+    svcli: SvcliOptions | None = None
+
+    @property
+    def variant(self) -> str | None:
+        return self.svcli.variant if self.svcli else None
 
 
 def check(request: ChatRequest) -> None:

@@ -117,6 +117,21 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
+class Look(BaseModel):
+    """What a model keeps of a picture."""
+
+    object: Literal["svcli.look"] = "svcli.look"
+    model: str
+    width: int = Field(description="Pixels of the picture, upright.")
+    height: int
+    visual_tokens: int = Field(description="As a model that skips nothing would keep them.")
+    visual_tokens_kept: int
+    boxes: list[tuple[float, float, float, float]] | None = Field(
+        description="What was retained: left, top, right and bottom in shares of width and height, from 0 to 1. None"
+        " where nothing is selected, or the engine cannot tell."
+    )
+
+
 class Card(BaseModel):
     """A model that is served."""
 

@@ -65,11 +65,6 @@ class Readers:
         sources = [await self._source(url) for url in urls]
         return await self._in_thread(partial(self._question, model, messages, sources))
 
-    async def picture(self, url: str, model: Served) -> Image.Image:
-        """Upright, in RGB. Raises as `question` does."""
-        source = await self._source(url)
-        return await self._in_thread(partial(self._decode, source, model))
-
     def close(self) -> None:
         """Takes no more."""
         for pool in (self._readers, self._fetchers):

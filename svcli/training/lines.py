@@ -1,4 +1,5 @@
-"""A training run for programs: one JSON object a line on stdout. A reader that goes does not end the run."""
+"""A training run for programs: one JSON object a line on stdout. A reader that goes, or a full disk, does not
+end the run."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ class JsonLines:
         try:
             sys.stdout.write(json.dumps(row(event)) + "\n")
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
             self._is_read = False
             silence_stdout()
-            ui.note("nobody reads these lines any more; training goes on, and log.jsonl in its folder has them")
+            is_left = isinstance(error, BrokenPipeError)
+            why = (
+                "nobody reads these lines any more" if is_left else f"these lines cannot be written ({error.strerror})"
+            )
+            ui.note(f"{why}; training goes on, and log.jsonl in its folder has them")

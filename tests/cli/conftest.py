@@ -67,7 +67,7 @@ def bundle(checkpoint: Path) -> Path:
 def long_bundle(checkpoint: Path) -> Path:
     """The same model with room for answers that take seconds."""
     folder = checkpoint.with_name("long_bundle")
-    export_bundle(checkpoint, folder, precision="fp32", max_context=20_000, max_images=1)
+    export_bundle(checkpoint, folder, precision="fp32", max_context=20_000, max_images=1, default_variants=False)
     return folder
 
 

@@ -45,6 +45,13 @@ def test_a_missing_extra_comes_with_its_install_command(module: str, extra: str)
     assert code == 3
 
 
+@pytest.mark.parametrize("module", ["PIL.Image", "jinja2", "numpy", "tokenizers"])
+def test_what_comes_without_an_extra_comes_back_without_one(module: str) -> None:
+    sentence, code = explain(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    assert sentence.endswith('pip install "svcli"')
+    assert code == 3
+
+
 def test_an_os_error_names_the_file() -> None:
     error = PermissionError(errno.EACCES, "Permission denied", "secret.png")
     assert explain(error) == ("secret.png: Permission denied", 1)

@@ -48,6 +48,34 @@ def test_skip_off_is_the_plain_model(checkpoint: Path, tmp_path: Path) -> None:
     assert manifest["contract"]["capacity"] == manifest["contract"]["capacity_full"]
 
 
+def test_a_bundle_that_skips_has_a_dense_variant_and_says_what_it_is_for(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    done = export(checkpoint, output, "--precision", "fp32", "--variant", "5/2", "--variant", "off")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == f"{output}\n"
+    told = re.sub(r"\s+", " ", done.stderr)
+    assert "checking the graphs of variant dense against PyTorch" in told
+    assert "Note: variant 5-2: 100.0% of 48 on 3" in told
+    assert "trained with skipping alone: run dense it shows what skipping saves in time and memory, not" in told
+    assert list(json.loads((output / "manifest.json").read_text())["variants"]) == ["dense", "5-2"]
+    again = export(output, tmp_path / "again", "--precision", "fp32", "--skip", "5/2")
+    assert "Note: variant 5-2 is left out: its skip setting is the one" in re.sub(r"\s+", " ", again.stderr)
+    alone = export(output, tmp_path / "alone", "--precision", "fp32", "--no-variants")
+    assert not json.loads((tmp_path / "alone" / "manifest.json").read_text())["variants"]
+    assert "run dense" not in alone.stderr
+
+
+def test_the_command_that_adds_a_variant_adds_it(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    assert export(checkpoint, output, "--precision", "fp32", "--no-variants").exit_code == 0
+    for name in ("dense", "5-2"):
+        refused = CliRunner().invoke(app, ["verify", str(output), "--variant", name])
+        assert refused.exit_code == 2
+        command = re.sub(r"\s+", " ", refused.stderr).split("`")[1].replace("BUNDLE", str(output)).split()
+        assert CliRunner().invoke(app, command[1:]).exit_code == 0
+    assert list(json.loads((output / "manifest.json").read_text())["variants"]) == ["dense", "5-2"]
+
+
 def test_an_older_bundle_is_replaced_only_when_told_so(checkpoint: Path, bundle: Path) -> None:
     refused = export(checkpoint, bundle)
     assert refused.exit_code == 1
@@ -62,6 +90,10 @@ def test_an_older_bundle_is_replaced_only_when_told_so(checkpoint: Path, bundle:
         (["--max-context", "20"], "max_context", 2),
         (["--max-images", "0"], "--max-images", 2),
         (["--precision", "fp64"], "--precision", 2),
+        (["--variant", "many"], "choose dense, RETAINED/SKIPPED, such as 64/64, or one of sv-llava-100", 2),
+        (["--variant", "17/4"], "num_retained", 2),
+        (["--variant", "4/4"], "variant 4-4: its skip setting is the one that the bundle itself has", 1),
+        (["--variant", "dense", "--no-variants"], "name one of them", 2),
     ],
 )
 def test_settings_that_cannot_work_are_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,23 @@ def test_tables_name_graphs_shapes_rows_and_files(bundle: Path) -> None:
     assert "one image 16 6 4 KiB 1.5 KiB" in lines
     assert "prefill in past_key_values.N.key float32 [1, 1, 76, 16]" in lines
     assert any(line.startswith("weights.safetensors ") and line.endswith(" ok") for line in lines)
+
+
+def test_variants_are_shown_with_what_their_cache_takes(bundle: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["inspect", str(bundle)])
+    lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    assert any(re.fullmatch(r"dense off 96 24 KiB \d+ 100.0% of 48", line) for line in lines), shown.stdout
+    assert any(line.startswith("dense.decode.onnx ") and line.endswith(" ok") for line in lines)
+    assert "run dense it shows what skipping saves in time and memory" in " ".join(lines)
+    facts = json.loads(CliRunner().invoke(app, ["inspect", str(bundle), "--json"]).stdout)
+    assert list(facts["variants"]) == list(facts["manifest"]["variants"]) == ["dense"]
+    assert facts["variants"]["dense"]["kv_reduced"] == facts["kv_full"]
+    assert facts["variants"]["dense"]["rows_per_image"]["kv_cache"] == 16
+    altered = shutil.copytree(bundle, tmp_path / "altered")
+    (altered / "dense.vision.onnx").unlink()
+    refused = CliRunner().invoke(app, ["inspect", str(altered)])
+    assert refused.exit_code == 1
+    assert "dense.vision.onnx is missing" in refused.stderr
 
 
 def test_an_altered_file_is_shown_and_named_and_is_a_failure(bundle: Path, tmp_path: Path) -> None:

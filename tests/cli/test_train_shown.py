@@ -194,6 +194,23 @@ def test_a_reader_that_goes_does_not_end_the_run(recipe: Path, tmp_path: Path) -
     assert (run / "loss.png").exists()
 
 
+def test_a_disk_that_is_full_for_lines_or_the_curve_does_not_end_the_run(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "loss.png").mkdir(parents=True)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*program(0), "train", str(recipe), "-o", str(run)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    lines, curve = done.stderr.splitlines()
+    assert lines.startswith("Note: these lines cannot be written (No space left on device); training goes on")
+    assert curve == f"Note: {run / 'loss.png'}: could not be written (Is a directory)"
+    assert read_history(run / "log.jsonl").steps[-1] == 40
+
+
 def test_only_the_first_of_several_processes_speaks(
     monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path
 ) -> None:

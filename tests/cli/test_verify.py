@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from onnx import numpy_helper
 from typer.testing import CliRunner, Result
 
+from skipvision.tiles import Cut
 from svcli.app import app
+from svcli_engines.base import Pixels, Visual
 from svcli_engines.onnx_engine import OnnxEngine
 from svcli_export.bundle import export_bundle
 from svcli_export.manifest import file_entry
@@ -88,6 +91,20 @@ def test_a_sound_bundle_agrees_stage_by_stage(bundle: Path, picture: Path) -> No
     assert "\x1b" not in done.stdout + done.stderr
 
 
+@pytest.mark.usefixtures("cpu_only")
+def test_a_variant_is_held_against_the_model_with_its_own_setting(
+    bundle: Path, checkpoint: Path, picture: Path
+) -> None:
+    asked: list[str | Path] = [bundle, "--variant", "dense", "--images", picture]
+    for reference in ((), ("--checkpoint", checkpoint)):
+        said = told(*asked, "--engines", "onnxruntime", *reference)
+        assert (said["variant"], said["agrees"], said["engines"][0]["agreement"]) == ("dense", True, 1)
+    shown = " ".join(verify(*asked).stdout.split())
+    assert "against torch-cpu on the weights of the bundle, variant dense" in shown
+    assert "not of its variant dense; choose another engine" in verify(*asked, "--engines", "tensorrt", code=2).stderr
+    assert "no variant 'nope'" in verify(bundle, "--variant", "nope", code=2).stderr
+
+
 def test_layers_are_shown_when_asked_for(bundle: Path, picture: Path) -> None:
     lines = verify(bundle, "--images", picture, "--engines", "onnxruntime", "--layers").stdout.splitlines()
     for title in ("KV cache after prefill", "KV cache after the last decode step"):
@@ -103,7 +120,8 @@ def test_layers_are_shown_when_asked_for(bundle: Path, picture: Path) -> None:
 @pytest.mark.usefixtures("cpu_only")
 def test_json_has_everything_under_keys_that_stay(bundle: Path, picture: Path) -> None:
     said = told(bundle, "--images", picture, "--images", picture.parent)
-    assert list(said) == ["bundle", "checkpoint", "reference", "pictures", "agrees", "engines", "left_out"]
+    assert list(said) == ["bundle", "variant", "checkpoint", "reference", "pictures", "agrees", "engines", "left_out"]
+    assert said["variant"] is None
     assert (said["bundle"], said["checkpoint"], said["reference"]) == (str(bundle), None, "torch-cpu")
     assert said["pictures"] == [str(picture)]  # once, though it was named twice
     assert said["agrees"] is True
@@ -147,7 +165,12 @@ def test_values_that_are_not_numbers_are_null_in_json(
     bundle: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = OnnxEngine.encode
-    monkeypatch.setattr(OnnxEngine, "encode", lambda self, pixels, cut=None: encode(self, pixels, cut) * np.nan)
+
+    def broken(self: OnnxEngine, pixels: Pixels, cut: Cut | None = None) -> Visual:
+        visual = encode(self, pixels, cut)
+        return replace(visual, rows=visual.rows * np.nan)
+
+    monkeypatch.setattr(OnnxEngine, "encode", broken)
     said = told(bundle, "--images", picture, "--engines", "onnxruntime", code=1)
     vision = said["engines"][0]["stages"][0]
     assert (vision["max_error"], vision["cosine"], vision["norm_ratio"]) == (None, -1.0, None)

@@ -22,7 +22,7 @@ import onnx
 import onnxruntime as ort
 
 import skipvision
-from svcli_engines.plan_graphs import shared_graph
+from svcli_engines.plan_graphs import phase_graph
 from svcli_engines.plans import (
     FORMAT_VERSION,
     PLACES,
@@ -105,10 +105,10 @@ def build_plans(
 
 
 def _graph(bundle: Path, manifest: Manifest, layout: EngineLayout, phase: GraphName) -> Path:
-    if layout == "split" or phase == "vision":
+    if phase != "prefill":
         return bundle / manifest.contract.graph(phase).file
-    path = bundle / "decoder.onnx"  # beside the weights that it points into
-    onnx.save(shared_graph(bundle, manifest), path)
+    path = bundle / ("decoder.onnx" if layout == "shared" else "alone.onnx")  # beside the weights that it points into
+    onnx.save(phase_graph(bundle, manifest, layout, phase), path)
     return path
 
 

@@ -244,7 +244,7 @@ class StaleRow(OnnxEngine):
     def extend(self, input_ids: Sequence[int]) -> Logits:
         logits = super().extend(input_ids)
         if self.length == self.row + 1:
-            for cache in self._caches.values():
+            for cache in self._shared.caches.values():
                 rows = cache.numpy()[0]
                 rows[:, self.row] = rows[:, self.row - 1]
         return logits
@@ -265,10 +265,10 @@ def test_a_stale_cache_row_is_found_and_named(case: Case) -> None:
 def test_swapped_buffers_of_the_cache_are_found(case: Case, first: Any, second: Any) -> None:
     class Swapped(OnnxEngine):
         def extend(self, input_ids: Sequence[int]) -> Logits:
-            caches = self._caches
-            self._caches = caches | {first: caches[second], second: caches[first]}
+            caches = self._shared.caches
+            self._shared.caches = caches | {first: caches[second], second: caches[first]}
             logits = super().extend(input_ids)
-            self._caches = caches
+            self._shared.caches = caches
             return logits
 
     found = case.compare(Swapped(case.exported.bundle, case.exported.manifest, num_threads=1))

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from svcli_engines import picture_sources
@@ -87,6 +89,21 @@ def test_a_path_that_is_no_picture_is_told_when_it_is_opened(text: str, folder: 
     (source,) = find_pictures(text)
     with pytest.raises(ImageError, match=r"no such file|a folder|cannot be read"):
         source.open()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text("\0[]*?{}~:%/a!-,;", min_size=1, max_size=30), start=st.sampled_from(["x/", "data:", "file:x", "a://"])
+)
+def test_whatever_is_typed_is_a_source_or_a_sentence(text: str, start: str, folder: Path) -> None:
+    assert folder
+    try:
+        sources = find_pictures(start + text)
+    except ImageError:
+        return
+    for source in sources:
+        with pytest.raises(ImageError):
+            source.open()
 
 
 def test_a_pattern_for_too_many_files_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -278,6 +278,17 @@ def test_waiting_for_a_name_is_bounded_too(offline: Network, monkeypatch: pytest
 )
 def test_urls_that_lead_nowhere_are_refused(url: str, message: str) -> None:
     assert refused(url) == message
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rest=st.text(max_size=30) | st.text("a.:/@[]%?#\\\0\n 1", max_size=30),
+    scheme=st.sampled_from(["http://", "https:", ""]),
+)
+def test_whatever_a_url_says_ends_in_a_sentence(rest: str, scheme: str, offline: Network) -> None:
+    with pytest.raises(FetchError):
+        fetch_picture(scheme + rest, FetchLimits(seconds=5))
+    assert offline.connected == []
 
 
 def test_a_port_where_nobody_listens_is_said_so() -> None:

@@ -25,14 +25,15 @@ from svcli_engines.plan_graphs import (
     GraphError,
     adapt,
     layout_weight_bytes,
+    phase_graph,
     phases_of,
     plan_graph,
     plugin_nodes,
-    shared_graph,
     weight_sizes,
 )
 from svcli_engines.plans import Backend, EngineLayout, phase_spec
 from svcli_export.contract import CACHE_PARTS, CUSTOM_DOMAIN, OPSET, GraphName, past_name
+from svcli_export.feeds import prompt_feeds
 from svcli_export.manifest import Manifest
 from svcli_export.runtime import open_session
 from tests.engines.conftest import Exported, export_tiny
@@ -64,7 +65,7 @@ def read(exported: Exported, phase: GraphName) -> ModelProto:
 
 
 def feeds(manifest: Manifest, phase: str) -> Arrays:
-    """Of one picture in a prompt, or of new ids behind a cache with something in every row."""
+    """Of one picture in a prompt, in front or (`append`) behind a cache with something in every row, or of new ids."""
     contract, random = manifest.contract, np.random.default_rng(0)
     dtype = np.dtype(contract.compute_dtype)
     pixels = random.standard_normal((1, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
@@ -81,12 +82,8 @@ def feeds(manifest: Manifest, phase: str) -> Arrays:
     prompt: Arrays = {
         "input_ids": np.array([IDS]),
         "visual": random.standard_normal((1, *map(int, visual.shape[1:]))).astype(dtype),
-        "source": layout.source[None],
-        "position_ids": layout.positions[None],
-        "visible_until": layout.visible_until[None],
+        **(prompt_feeds(layout, CACHED, CACHED + 6) if phase == "append" else prompt_feeds(layout)),
     }
-    if "kept_index" in contract.graph("prefill").input_names:
-        prompt["kept_index"] = np.arange(layout.num_kept)[None]
     return prompt | caches
 
 
@@ -112,16 +109,40 @@ def assert_same(found: Arrays, expected: Arrays, tolerance: float) -> None:
 
 @needs_opset_24
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [*PHASES, "append"])
 @pytest.mark.parametrize("kind", ["skip", "plain"])
 def test_adapted_graphs_do_what_the_bundles_do(
-    exported: Exported, exported_plain: Exported, kind: str, phase: GraphName, backend: Backend, tmp_path: Path
+    exported: Exported, exported_plain: Exported, kind: str, phase: str, backend: Backend, tmp_path: Path
 ) -> None:
     source = exported if kind == "skip" else exported_plain
     bundle = Path(shutil.copytree(source.bundle, tmp_path / "bundle"))
-    model, given = read(source, phase), feeds(source.manifest, phase)
-    # The same kernels, but for those that a newer opset may choose otherwise.
-    assert_same(run(adapt(model, backend), bundle, given), run(model, bundle, given), tolerance=1e-6)
+    given = feeds(source.manifest, phase)
+    model = read(source, "prefill" if phase == "append" else phase)  # type: ignore[arg-type]
+    # Sums over the same rows and over masked ones of the whole buffer.
+    assert_same(run(adapt(model, backend), bundle, given), run(model, bundle, given), tolerance=1e-4)
+
+
+@needs_opset_24
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["skip", "plain"])
+def test_prefill_with_a_plan_of_its_own_does_what_the_bundles_does_behind_nothing(
+    exported: Exported, exported_plain: Exported, kind: str, backend: Backend, tmp_path: Path
+) -> None:
+    source = exported if kind == "skip" else exported_plain
+    bundle = Path(shutil.copytree(source.bundle, tmp_path / "bundle"))
+    given = feeds(source.manifest, "prefill")
+    alone = phase_graph(bundle, source.manifest, "split", "prefill")
+    expected = run(read(source, "prefill"), bundle, given)
+    assert_same(run(adapt(alone, backend), bundle, given), expected, tolerance=1e-6)
+    onnx.checker.check_model(saved(alone, bundle), full_check=True)
+    # Rows are looked at as they were made: nothing that is attended to is as long as a buffer.
+    text = source.manifest.config.text
+    session_inputs = {tensor.name for tensor in alone.graph.input}
+    assert "write_index" not in session_inputs
+    writes = {node.output[0] for node in alone.graph.node if node.op_type == "CacheWrite"}
+    readers = [node.op_type for node in alone.graph.node if set(node.input) & writes]
+    assert len(writes) == 2 * text.num_layers
+    assert readers == []
 
 
 @needs_opset_24
@@ -136,13 +157,11 @@ def test_the_shared_decoder_is_prefill_and_decode(
     bundle = Path(shutil.copytree(source.bundle, tmp_path / "bundle"))
     given = feeds(manifest, phase)
     expected = run(read(source, phase), bundle, given)
-    if phase == "prefill":
-        given["write_index"] = np.zeros(1, np.int64)
-    else:  # new ids are a prompt without pictures or skipped rows
+    if phase == "decode":  # new ids are a prompt without pictures or skipped rows
         rows = np.arange(len(NEW))[None]
         given |= {"source": rows, "visible_until": np.full_like(rows, FOREVER), "kept_index": rows}
         given["visual"] = feeds(manifest, "prefill")["visual"]
-    found = run(adapt(shared_graph(bundle, manifest), backend), bundle, given)
+    found = run(adapt(phase_graph(bundle, manifest, "shared", phase), backend), bundle, given)
     # Sums over the same rows and over masked ones, in another order.
     assert_same(found, expected, tolerance=1e-4)
 

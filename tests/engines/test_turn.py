@@ -77,12 +77,21 @@ def test_tokens_are_told_with_how_likely_they_were(exported: Exported) -> None:
         np.testing.assert_allclose([each for _, each in token.likeliest], np.log(shares[best]), atol=1e-6)
 
 
+def test_an_answer_can_be_kept_from_ending(exported: Exported) -> None:
+    turn = Turn(exported.processor, Sampling(min_new_tokens=2))
+    for count in (1, 2):
+        turn.take(logits_of(END))
+        assert (len(turn.ids), turn.stop_reason) == (count, None)
+    turn.take(logits_of(END))
+    assert (len(turn.ids), turn.stop_reason) == (2, "end")
+
+
 def test_nothing_is_told_unless_asked_for(exported: Exported) -> None:
     turn = Turn(exported.processor, Sampling())
     assert turn.take(logits_of(9)).tokens == ()
 
 
-@pytest.mark.parametrize("wrong", [{"stop": ("",)}, {"logprobs": -1}])
+@pytest.mark.parametrize("wrong", [{"stop": ("",)}, {"logprobs": -1}, {"min_new_tokens": 129}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(SamplingError):
         Sampling(**wrong)  # type: ignore[arg-type]

@@ -23,12 +23,13 @@ from skipvision.config import ConfigError, SkipConfig
 from skipvision.presets import PRESETS
 from svcli_export import bundle as bundle_module
 from svcli_export import manifest as manifest_module
-from svcli_export.bundle import ExportError, export_bundle
+from svcli_export.bundle import export_bundle
 from svcli_export.contract import ContractError
 from svcli_export.inspection import inspect_bundle
 from svcli_export.manifest import BundleError, Manifest, load_manifest
 from svcli_export.quantize import stored_tensors
 from svcli_export.source import SourceError
+from svcli_export.variants import ExportError
 from svcli_export.vision_graph import vision_graph
 from svcli_export.weights import Piece
 from tests.export.tiny import NUM_PATCHES, SKIP, tiny_checkpoint
@@ -42,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    export(checkpoint, folder)
+    export(checkpoint, folder, default_variants=True)
     return folder
 
 
@@ -52,7 +53,7 @@ def bundle(tmp_path: Path, pristine: Path) -> Path:
 
 
 def export(checkpoint: Path, output: Path, **options: Any) -> Manifest:
-    settings: dict[str, Any] = {"precision": "fp32", "max_context": 96} | options
+    settings: dict[str, Any] = {"precision": "fp32", "max_context": 96, "default_variants": False} | options
     return export_bundle(checkpoint, output, **settings)
 
 
@@ -176,12 +177,14 @@ def test_an_existing_folder_is_left_alone(checkpoint: Path, bundle: Path, tmp_pa
     (bundle / "README.md").write_text("what it can do")
     (bundle / "README.txt").symlink_to("README.md")
     assert export(checkpoint, bundle, overwrite=True, skip="off").config.skip is None
-    assert load_manifest(bundle).config.skip is None
+    plain = load_manifest(bundle)
+    assert (plain.config.skip, plain.variants) == (None, ())
     # What is none of the bundle's files stays.
     assert (bundle / "plans" / "set" / "decode.plan").read_text() == "a plan"
     assert (bundle / "README.txt").readlink() == Path("README.md")
     assert (bundle / "README.txt").read_text() == "what it can do"
-    assert len(list(bundle.iterdir())) == len(before) + 3
+    others = {"plans", "README.md", "README.txt"}
+    assert {path.name for path in bundle.iterdir()} == {*plain.files, "manifest.json", *others}
 
 
 @pytest.mark.parametrize("step", ["prefill_graph", "verify", "file_entry"])
@@ -245,7 +248,8 @@ def with_larger(name: str, *arguments: Any) -> Iterator[Piece]:
 
 
 @pytest.mark.parametrize(
-    "name", ["vision.onnx", "prefill.onnx", "decode.onnx", "weights.safetensors", "tokenizer.json"]
+    "name",
+    ["vision.onnx", "prefill.onnx", "decode.onnx", "dense.prefill.onnx", "weights.safetensors", "tokenizer.json"],
 )
 def test_a_damaged_file_is_named(bundle: Path, name: str) -> None:
     path = bundle / name
@@ -284,7 +288,24 @@ def test_a_large_file_is_hashed_where_there_is_time(bundle: Path, monkeypatch: p
     ("change", "words"),
     [
         (lambda data: data.update(format_version=99), "bundle format 99"),
+        (lambda data: data.update(format_version=1), "bundle format 1 is not the 2"),
         (lambda data: data.pop("format_version"), "bundle format None"),
+        (lambda data: data.pop("variants"), "at variants: Field required"),
+        (lambda data: data["variants"]["dense"].pop("check"), r"at variants\.dense\.check"),
+        (lambda data: data["variants"]["dense"].update(colour="red"), r"at variants\.dense\.colour"),
+        (lambda data: data["variants"].update({"../evil": data["variants"]["dense"]}), r"at variants\.\.\./evil"),
+        (lambda data: data["variants"].update(other=data["variants"]["dense"]), "contract of its variant other is not"),
+        (lambda data: data["variants"]["dense"].update(skip=data["model"]["skip"]), "contract of its variant dense is"),
+        (lambda data: data["variants"]["dense"].update(skip={"colour": 1}), "impossible model .*unknown key 'colour'"),
+        (lambda data: data["variants"]["dense"]["contract"].update(capacity=12), "of its variant dense is not the one"),
+        (lambda data: data["variants"]["dense"]["contract"].update(max_context=97), "of its variant dense is not"),
+        (
+            lambda data: data["variants"]["dense"]["contract"]["graphs"][0].update(variant="../evil"),
+            "of its variant dense is not",
+        ),
+        (lambda data: data["contract"]["graphs"][0].update(variant="dense"), "its graph contract is not the one"),
+        (lambda data: data["variants"].clear(), r"lists the unknown file dense\.decode\.onnx"),
+        (lambda data: data["files"].pop("dense.vision.onnx"), r"does not list dense\.vision\.onnx"),
         (lambda data: data["contract"].update(capacity=12), "contract is not the one"),
         (lambda data: data["contract"]["graphs"][2]["inputs"].pop(), "contract is not the one"),
         (lambda data: data["model"]["skip"].update(num_retained=5), "contract is not the one"),
@@ -331,6 +352,10 @@ def test_inspection_shows_what_skipping_saves(pristine: Path) -> None:
     assert summary.kv_reduced.bytes_total == 2 * summary.kv_reduced.bytes_per_layer
     assert summary.kv_reduced.bytes_total == contract.capacity * contract.kv_bytes_per_row
     assert summary.manifest.graphs["vision"].custom_ops == {"TokenGather": 6, "SummaryPool": 2}
-    assert summary.manifest.graphs["prefill"].custom_ops == {"TokenGather": 1 + 2 * 2, "CacheWrite": 2 * 2}
+    assert summary.manifest.graphs["prefill"].custom_ops == {
+        "TokenGather": 1 + 2 * 2,
+        "CacheWrite": 2 * 2,
+        "CacheRead": 1 + 2 * 2,
+    }
     assert summary.manifest.graphs["decode"].custom_ops == {"CacheWrite": 2 * 2, "CacheRead": 1 + 2 * 2}
     assert summary.size == sum(path.stat().st_size for path in pristine.iterdir() if path.name != "manifest.json")

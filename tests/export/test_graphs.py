@@ -96,6 +96,43 @@ def test_a_wrong_weight_is_noticed(tmp_path: Path) -> None:
     assert not any(clause.startswith("vision") for clause in found)
 
 
+def test_a_graph_that_is_right_in_an_empty_cache_alone_is_noticed(tmp_path: Path) -> None:
+    """Its rows see as many of the cache as if nothing had been there before."""
+    written = write(tmp_path, "skip", "fp32")
+    graph = written.graphs["prefill"].graph
+    ends = [node for node in graph.node if node.op_type == "Add" and node.name.endswith("mask.end")]
+    assert len(ends) == 2  # of all rows, and of the last
+    graph.initializer.append(onnx.helper.make_tensor("nothing", onnx.TensorProto.INT64, [1], [0]))
+    for node in ends:
+        node.input[1] = "nothing"
+    onnx.save(written.graphs["prefill"], tmp_path / "prefill.onnx")
+    found = violations(
+        verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT)), "fp32"
+    )
+    assert [clause.split(":")[0] for clause in found] == ["prefill"] * len(found)
+    assert found
+
+
+@pytest.mark.parametrize("change", ["later", "backwards"])
+def test_retained_tokens_that_are_others_are_noticed(tmp_path: Path, change: str) -> None:
+    """The rows are right, and what is told of them is not."""
+    written = write(tmp_path, "skip", "fp32")
+    model = written.graphs["vision"]
+    for node in model.graph.node:
+        node.input[:] = ["chosen" if name == "retained" else name for name in node.input]
+        node.output[:] = ["chosen" if name == "retained" else name for name in node.output]
+    one = onnx.helper.make_tensor("by", onnx.TensorProto.INT64, [1], [1 if change == "later" else -1])
+    model.graph.initializer.append(one)
+    op_type = "Add" if change == "later" else "Mul"
+    model.graph.node.append(onnx.helper.make_node(op_type, ["chosen", "by"], ["retained"], name="changed"))
+    onnx.save(model, tmp_path / "vision.onnx")
+    found = violations(
+        verify(written.model, written.contract, tmp_path, asked(written.model, pictures(), PROMPT)), "fp32"
+    )
+    assert len(found) == 1
+    assert "of rows agree, 100% wanted" in found[0]
+
+
 def test_a_number_that_is_none_is_noticed(tmp_path: Path) -> None:
     written = write(tmp_path, "skip", "fp32")
     with torch.no_grad():

@@ -71,20 +71,27 @@ def test_summary_pool_reads_its_epsilon() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(first=st.integers(0, 4), count=st.integers(0, 3), dtype=st.sampled_from([np.float32, np.float16]))
-def test_cache_write_function_equals_its_reference(first: int, count: int, dtype: type[np.floating]) -> None:
-    random = np.random.default_rng(first)
-    past, rows = (random.standard_normal((1, 2, length, 3)).astype(dtype) for length in (7, count))
-    slots = np.arange(first, first + count)
+@given(
+    firsts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    count=st.integers(0, 3),
+    dtype=st.sampled_from([np.float32, np.float16]),
+)
+def test_cache_write_function_equals_its_reference(firsts: list[int], count: int, dtype: type[np.floating]) -> None:
+    random = np.random.default_rng(count)
+    past, rows = (random.standard_normal((len(firsts), 2, length, 3)).astype(dtype) for length in (7, count))
+    slots = np.array(firsts)[:, None] + np.arange(count)
     expected = ops.cache_write(*(torch.from_numpy(value) for value in (past, rows, slots))).numpy()
-    np.testing.assert_array_equal(expected[:, :, first : first + count], rows)
+    for number, first in enumerate(firsts):
+        untouched = [row for row in range(7) if not first <= row < first + count]
+        np.testing.assert_array_equal(expected[number, :, first : first + count], rows[number])
+        np.testing.assert_array_equal(expected[number, :, untouched], past[number, :, untouched])
     np.testing.assert_array_equal(run_node("CacheWrite", {"past": past, "rows": rows, "slots": slots}), expected)
 
 
 @settings(max_examples=20, deadline=None)
 @given(length=st.integers(1, 7), dtype=st.sampled_from([np.float32, np.float16, np.int64]))
 def test_cache_read_function_equals_its_reference(length: int, dtype: type[np.generic]) -> None:
-    buffer = np.random.default_rng(length).integers(-9, 9, (1, 2, 7, 3)).astype(dtype)
+    buffer = np.random.default_rng(length).integers(-9, 9, (2, 2, 7, 3)).astype(dtype)
     count = np.array([length])
     expected = ops.cache_read(torch.from_numpy(buffer), torch.from_numpy(count)).numpy()
     np.testing.assert_array_equal(expected, buffer[:, :, :length])
@@ -96,5 +103,7 @@ def test_fake_shapes_are_the_real_ones() -> None:
     torch.library.opcheck(ops.token_gather, (data, index))
     vectors = torch.ones(4), torch.zeros(4), torch.ones(1, 4), torch.zeros(1)
     torch.library.opcheck(ops.summary_pool, (data, *vectors, 1e-5))
-    torch.library.opcheck(ops.cache_write, (torch.randn(1, 2, 7, 4), torch.randn(1, 2, 2, 4), torch.tensor([3, 4])))
+    torch.library.opcheck(
+        ops.cache_write, (torch.randn(2, 2, 7, 4), torch.randn(2, 2, 2, 4), torch.tensor([[3, 4], [0, 1]]))
+    )
     torch.library.opcheck(ops.cache_read, (torch.randn(1, 2, 7, 4), torch.tensor([3])))

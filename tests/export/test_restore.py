@@ -22,7 +22,7 @@ def exported(
     folder: Path, precision: Precision, skip: SkipConfig | None, *, tied: bool = True, clip: bool = False
 ) -> tuple[Path, Path]:
     checkpoint = tiny_checkpoint(folder / "checkpoint", skip, tied=tied, clip=clip)
-    export_bundle(checkpoint, folder / "bundle", precision=precision, max_context=96)
+    export_bundle(checkpoint, folder / "bundle", precision=precision, max_context=96, default_variants=False)
     return checkpoint, folder / "bundle"
 
 

@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(source: Path, output: Path, precision: Any, **options: Any) -> Path:
-    export_bundle(source, output, precision=precision, **options)
+    export_bundle(source, output, precision=precision, default_variants=False, **options)
     return output
 
 

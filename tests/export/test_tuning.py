@@ -137,8 +137,8 @@ def test_without_training_the_checkpoint_is_exported_as_the_base(
     folders: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     checkpoint = save(base_of(folders(name)), tmp_path / "checkpoint")
-    export_bundle(folders(name), tmp_path / "before", precision="fp32", max_context=CONTEXT)
-    export_bundle(checkpoint, tmp_path / "after", precision="fp32", max_context=CONTEXT)
+    export_bundle(folders(name), tmp_path / "before", precision="fp32", max_context=CONTEXT, default_variants=False)
+    export_bundle(checkpoint, tmp_path / "after", precision="fp32", max_context=CONTEXT, default_variants=False)
     assert contents(tmp_path / "after") == contents(tmp_path / "before")
     assert told(load_manifest(tmp_path / "after")) == told(load_manifest(tmp_path / "before"))
 

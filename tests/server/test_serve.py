@@ -102,6 +102,24 @@ def test_the_official_client_reads_logprobs_and_stops(client: Any) -> None:
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in choice.logprobs.content)
 
 
+def test_variants_answer_beside_the_model() -> None:
+    with serving("--variant", "dense", "--parallel", "1") as process, client_of(process) as client:
+        assert [model.id for model in client.models.list()] == [MODEL, f"{MODEL}:dense"]
+        for options in ({"model": f"{MODEL}:dense"}, {"model": MODEL, "extra_body": {"svcli": {"variant": "dense"}}}):
+            dense = client.chat.completions.create(messages=asked(), **options)
+            assert dense.model == f"{MODEL}:dense"
+            assert dense.usage.prompt_tokens_details.visual_tokens_kept == 256
+        boxes = client.post("/svcli/look", body=look(MODEL), cast_to=object)["boxes"]
+        assert len(boxes) == 96
+        assert all(0 <= left < right <= 1 and 0 <= top < bottom <= 1 for left, top, right, bottom in boxes)
+        assert client.post("/svcli/look", body=look(f"{MODEL}:dense"), cast_to=object)["boxes"] is None
+
+
+def look(model: str) -> dict[str, object]:
+    content: Any = asked()[0]["content"]
+    return {"model": model, "image_url": content[0]["image_url"]}
+
+
 def test_errors_are_those_that_the_official_client_knows(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=MODEL, messages=asked(), n=2)
@@ -164,7 +182,7 @@ def test_the_address_alone_is_told_and_each_request_has_a_line() -> None:
         assert client.chat.completions.create(model="mine", messages=asked(), max_tokens=2).usage
         assert process.end() == 0
     assert re.fullmatch(
-        r"http://127\.0\.0\.1:\d+/v1 serves mine: 4 slots, \S+ MiB of KV cache reserved\n", process.lines[0]
+        r"http://127\.0\.0\.1:\d+/v1 serves mine: 8 slots, \S+ MiB of KV cache reserved\n", process.lines[0]
     )
     assert re.search(r"\d+ POST /v1/chat/completions 200 \d+\+2 tokens \d+\.\d+ s\n$", process.lines[-1])
 
@@ -261,7 +279,7 @@ def test_a_second_signal_ends_at_once() -> None:
         (
             ["--engine", "torch", "--parallel", "2"],
             {},
-            "--parallel is for onnxruntime; torch makes one answer at a time",
+            "torch runs one sequence at a time",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from skipvision.config import ModelConfig, SkipConfig
 from skipvision.layout import FOREVER, BatchLayout, TokenLayout
-from skipvision.model import SkipVisionModel, attention_mask
+from skipvision.model import BatchTensors, SkipVisionModel, attention_mask
 from tests.skipvision import reference
 from tests.skipvision.tiny import (
     IMAGE,
@@ -139,6 +139,39 @@ def test_text_in_the_prompt_or_decoded_behind_it_is_the_same(cut: int) -> None:
     _, cache = model.prefill(made.input_ids[:, :-cut], made.visual, batch, capacity=40)
     logits = model.decode(made.input_ids[:, -cut:], cache)
     torch.testing.assert_close(logits[:, -1], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_prompt_in_two_parts_leaves_what_the_whole_leaves(cut: int) -> None:
+    """With visibility `image`, in a batch whose rows differ in length and in where they are cut."""
+    model = tiny_model()
+    prompts = [[3, IMAGE, 4, 5, 6, IMAGE, 7, 8], [4, 5, IMAGE, 9, 10, 11, 12, 13]]
+    made = batch_of(model, prompts)
+    expected, whole = model.prefill(made.input_ids, made.visual, made.batch, capacity=60)
+    cache = model.new_cache(2, 60)
+    num_seen = 0
+    for start, end in ((0, cut), (cut, 8)):
+        layouts = [TokenLayout.of(ids[start:end], IMAGE, model.config) for ids in prompts]
+        # Pictures stand behind one another in the order of the prompts.
+        visual = torch.cat(
+            [
+                made.visual[first + ids[:start].count(IMAGE) : first + ids[:end].count(IMAGE)]
+                for first, ids in zip((0, 2), prompts, strict=True)
+            ]
+        )
+        batch = BatchTensors.of(BatchLayout.of(layouts, end - start), torch.device("cpu"))
+        logits = model.append(made.input_ids[:, start:end], visual, batch, cache, int(cache.lengths.max()))
+        num_seen += len(visual)
+    assert num_seen == 3
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    assert torch.equal(cache.lengths, whole.lengths)
+    assert torch.equal(cache.next_positions, whole.next_positions)
+    for found, wanted in ((cache.keys, whole.keys), (cache.values, whole.values)):
+        for layer in range(len(found)):
+            for row, length in enumerate(cache.lengths.tolist()):
+                torch.testing.assert_close(
+                    found[layer][row, :, :length], wanted[layer][row, :, :length], rtol=0, atol=1e-10
+                )
 
 
 def test_the_size_of_the_cache_changes_nothing() -> None:

@@ -102,6 +102,19 @@ def test_a_state_of_any_number_of_processes_loads_into_any(
     check_same(tmp_path, alone)
 
 
+def test_processes_that_validate_go_on_and_write_the_best(tmp_path: Path) -> None:
+    """FSDP leaves weights whole behind a forward pass alone, beside what it keeps of them."""
+    task = {"accumulate": 2, "validation": [1.0, 0.5, 2.0]}
+    reference = run_here(tmp_path / "reference", "tiny", **task)
+    job = Job(str(tmp_path / "run"), "tiny", SLOW | task)
+    assert run_toys(job, world=2, options=("--kill-at", "5")).returncode != 0
+    done = run_toys(job, world=2)
+    assert done.returncode == 0, done.stderr
+    check_same(tmp_path / "run", reference)
+    (told,) = rows(tmp_path / "run", "done")
+    assert told["best_step"] == 4
+
+
 def test_where_one_process_dies_the_other_ends(tmp_path: Path) -> None:
     start = time.monotonic()
     done = run_toys(Job(str(tmp_path), task={"accumulate": 2}), world=2, options=("--kill-at", "1", "--kill-rank", "1"))

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from skipvision.training.conversation import Broken
 from skipvision.training.distributed import Processes
-from skipvision.training.errors import TrainError
+from skipvision.training.errors import NoMemoryError, TrainError
 from skipvision.training.events import BrokenEvent, DoneEvent, Event, SavedEvent, StepEvent, ValidationEvent
 from skipvision.training.loop import LoopSettings, run
 from skipvision.training.update import Clock, Updater
 from tests.training.processes import losses, rows, weights
-from tests.training.toy import ToyTask, toy_settings, toy_task
+from tests.training.toy import Toy, ToyTask, toy_settings, toy_task
 
 
 class Killed(Exception):
@@ -330,3 +330,19 @@ def test_deterministic_kernels_are_asked_for_and_given_back(tmp_path: Path) -> N
     run_toy(tmp_path, task, fresh=True)
     assert asked == [True, False]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: you tried to")],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_ends_is_told_with_the_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Toy, "forward", fail)
+    with pytest.raises(NoMemoryError, match=r"^step 1: memory does not hold the 20 rows of sample 0\.0, .*0\.3; lower"):
+        run_toy(tmp_path, toy_task("toy", accumulate=2))

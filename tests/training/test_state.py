@@ -12,16 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from skipvision.training import state as state_module
 from skipvision.training.distributed import Processes
 from skipvision.training.errors import NoRoomError, StateError
-from skipvision.training.events import Event, StepEvent
+from skipvision.training.events import Event, StepEvent, ValidationEvent
+from skipvision.training.index import scan
 from skipvision.training.loop import run
+from skipvision.training.run_log import RunLog
 from skipvision.training.state import Progress, States
+from tests.training.fake_speaker import PLAIN, WordSpeaker
 from tests.training.processes import ROOT, losses
-from tests.training.toy import toy_settings, toy_task
+from tests.training.toy import ToyTask, toy_settings, toy_task
 
 SHARD = "shard-00001-of-00001.safetensors"
 
@@ -170,6 +174,19 @@ def test_a_kill_in_the_midst_of_a_write_leaves_the_last_state(
     assert names(stopped) == ["step-000004", "step-000006"]
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_in_the_midst_of_a_write_leaves_nothing_half_written(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    def stop(_folder: Path) -> None:
+        raise end
+
+    monkeypatch.setattr(state_module, "_folder_to_disk", stop)
+    with pytest.raises(end):
+        run_toy(stopped)
+    assert names(stopped) == ["step-000002", "step-000004"]
+
+
 def test_a_kill_while_old_states_go_leaves_whole_ones(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove = shutil.rmtree
 
@@ -194,7 +211,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path: Path) -> None:
         run_toy(tmp_path, kill_at=3)
     program = (
         "import resource, sys; from pathlib import Path; from skipvision.training.errors import NoRoomError;"
-        "from skipvision.training.loop import run; from tests.training.toy import toy_settings, toy_task;"
+        "from skipvision.training.loop import run; from tests.training.toy import ToyTask, toy_settings, toy_task;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "try: run(toy_task('toy'), toy_settings(), Path(sys.argv[1]), lambda event: None)\n"
         "except NoRoomError as error: sys.stderr.write(str(error))"
@@ -213,8 +230,6 @@ def test_a_full_disk_leaves_the_last_state(tmp_path: Path) -> None:
 
 
 def test_no_room_is_told_from_other_failures(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safetensors import SafetensorError
-
     for error, kind in (
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), NoRoomError),
         (OSError(28, "No space left on device"), NoRoomError),
@@ -234,3 +249,33 @@ def test_no_room_is_told_from_other_failures(stopped: Path, monkeypatch: pytest.
     run_toy(whole)
     run_toy(stopped)
     assert losses(stopped) == losses(whole)
+
+
+def test_a_full_disk_is_told_whatever_is_written(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log as it begins and as it grows, the index, and the checkpoint; then the same run goes on."""
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    log = stopped / "log.jsonl"
+    partial = log.with_suffix(".partial")
+    partial.symlink_to("/dev/full")
+    with pytest.raises(NoRoomError, match=r"log\.jsonl: could not be written \(No space left .* command goes on"):
+        run_toy(stopped)
+    assert not partial.is_symlink()
+    with pytest.raises(NoRoomError, match="/dev/full: could not be written"):
+        RunLog(Path("/dev/full")).write(ValidationEvent(1, {}, best=False), 1)
+    monkeypatch.setattr("skipvision.training.index.save_file", fail)
+    index = scan([], WordSpeaker(), PLAIN, 64, decode=False)
+    with pytest.raises(NoRoomError, match=r"index: could not be written \(No space left on device\); the same"):
+        index.save(tmp_path / "index", "key")
+    monkeypatch.setattr(ToyTask, "write_checkpoint", fail)
+    with pytest.raises(NoRoomError, match=r"checkpoint: could not be written \(No space.* writes it once"):
+        run_toy(stopped)
+    monkeypatch.undo()
+    run_toy(stopped)
+    run_toy(stopped / "whole")
+    assert losses(stopped) == losses(stopped / "whole")

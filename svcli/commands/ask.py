@@ -1,0 +1,185 @@
+"""`svcli ask`: a file of questions, answered one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from time import perf_counter
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from svcli import ui
+from svcli.engines import EngineName, open_pool
+from svcli.errors import UsageError
+from svcli.settings import bundled_model
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from svcli_engines.batch import Outcome, Row
+
+_FAILED = 1
+
+
+class ResumeError(UsageError):
+    """An output file that another run has written."""
+
+
+def ask(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help='JSON lines: {"image": PATH, "question": TEXT}; `images` for several, `system`, and whatever else.',
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="JSON lines; goes on where it ends.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Bundle folder; the bundled model if left out.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where paths of pictures start; DATA's folder if left out.")
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
+    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Answers decoded side by side; as many as fit 1 GiB, up to 8."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(metavar="N", help="Draw among the N likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw among the likeliest tokens that together have this probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed draws the same answers.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where FILE exists.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Answer a file of questions about pictures.
+
+    Each line of FILE says its row, the input, and the answer or an error. A row that fails is passed over, and the exit
+    code is 1 then. Killed and started again, it goes on behind the last whole line.
+    """
+    from svcli_engines.batch import answer_rows
+    from svcli_engines.images import open_image
+    from svcli_engines.processor import Processor
+    from svcli_engines.sampling import Sampling
+    from svcli_engines.schedule import Scheduler
+    from svcli_export.manifest import load_manifest
+
+    if not data.is_file():
+        raise UsageError(f"{data}: no such file")
+    sampling = Sampling(temperature, top_k, top_p, seed, max_new_tokens)
+    bundle = model or bundled_model()
+    manifest = load_manifest(bundle, quick=True)
+    settings = {"model": manifest.files["weights.safetensors"].sha256, "skip": manifest.model.get("skip")}
+    settings |= {"precision": manifest.contract.precision, **vars(sampling)}
+    run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    total = sum(1 for _ in _rows(data))
+    if total == 0:
+        raise UsageError(f"{data}: holds no questions")
+    done, num_failed = (0, 0) if overwrite else _done(output, data, run)
+    root = images or data.parent
+
+    def open_picture(place: str) -> Image.Image:
+        return open_image(root / place, manifest.image.transparency).image
+
+    progress = ui.Progress(is_quiet=quiet)
+    with progress, output.open("wb" if overwrite else "ab") as file:
+        if done:
+            progress.log(f"{done} of {total} rows are answered already")
+        if done == total:
+            _end(progress, total, num_failed, output)
+            return
+        pool = open_pool(engine, bundle, manifest, threads=threads, parallel=parallel)
+        scheduler = Scheduler(pool, Processor(bundle, manifest), max_waiting=4 * len(pool.slots))
+        rows = (row for row in _rows(data) if row.number > done)
+        outcomes = answer_rows(scheduler, rows, open_picture, sampling, at_once=2 * len(pool.slots))
+        started, num_tokens = perf_counter(), 0
+        try:
+            with closing(outcomes):
+                for number, outcome in enumerate(outcomes, start=done + 1):
+                    _write(file, outcome, run)
+                    num_failed += outcome.error is not None
+                    num_tokens += outcome.stats.num_tokens if outcome.stats else 0
+                    seconds = perf_counter() - started
+                    facts = [f"{(number - done) / seconds:.3g} rows/s", f"{num_tokens / seconds:.3g} tok/s"]
+                    progress.update("asking", number, total, *facts, *([f"{num_failed} failed"] if num_failed else []))
+        finally:
+            scheduler.close()
+    _end(progress, total, num_failed, output)
+
+
+def _rows(data: Path) -> Iterator[Row]:
+    from svcli_engines.batch import MAX_LINE, Row
+
+    with data.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            whole = line
+            while not whole.endswith(b"\n") and (whole := file.readline(MAX_LINE + 1)):
+                pass  # the rest of a line that is too long
+            if line.strip():
+                number += 1
+                yield Row.of(number, line)
+
+
+def _done(output: Path, data: Path, run: str) -> tuple[int, int]:
+    """Rows that `output` holds, and how many of them failed; what stands behind the last whole line is cut off.
+
+    Raises ResumeError for lines of another run.
+    """
+    if not output.exists():
+        return 0, 0
+    other = ResumeError(
+        f"{output} holds something else than answers to {data} with these settings; choose another file, or --overwrite"
+    )
+    num_done = num_failed = end = 0
+    rows = _rows(data)
+    with output.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                written = json.loads(line)
+                same = written["run"] == run and written["input"] == next(rows).record
+            except (ValueError, KeyError, TypeError, StopIteration):
+                same = False
+            if not same:
+                raise other
+            num_done, end = num_done + 1, end + len(line)
+            num_failed += written.get("error") is not None
+    if end < output.stat().st_size:
+        os.truncate(output, end)
+    return num_done, num_failed
+
+
+def _write(file: IO[bytes], outcome: Outcome, run: str) -> None:
+    said: dict[str, Any] = {"row": outcome.row.number, "run": run, "input": outcome.row.record}
+    if outcome.stats is None:
+        said |= {"error": outcome.error}
+    else:
+        stats = outcome.stats
+        said |= {"answer": outcome.answer, "stop_reason": stats.stop_reason}
+        said |= {
+            "tokens": {
+                "answer": stats.num_tokens,
+                "visual_full": stats.visual_tokens_full,
+                "visual_kept": stats.visual_tokens_kept,
+            }
+        }
+    file.write(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    file.flush()
+
+
+def _end(progress: ui.Progress, total: int, num_failed: int, output: Path) -> None:
+    progress.log(f"{total - num_failed} of {total} rows are answered: {output}")
+    if num_failed:
+        ui.error(f'{num_failed} of {total} rows failed; "error" in {output} says why')
+        raise typer.Exit(_FAILED)
