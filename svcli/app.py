@@ -17,6 +17,7 @@ from svcli.commands.export import export
 from svcli.commands.inspect import inspect
 from svcli.commands.new import new
 from svcli.commands.profile import profile
+from svcli.commands.serve import serve
 from svcli.commands.train import train
 from svcli.commands.verify import verify
 from svcli.errors import reported
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, ask, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
+for command in (chat, ask, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
 data.command()(reported(check))
@@ -60,7 +61,7 @@ def main(
                 ("svcli inspect", "what the bundled model is made of"),
                 (
                     "svcli --help",
-                    "the rest: ask, cost, profile, verify, doctor, export, build-engine, train, new, data",
+                    "the rest: ask, serve, cost, profile, verify, doctor, export, build-engine, train, new, data",
                 ),
             ],
         )

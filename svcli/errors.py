@@ -54,6 +54,7 @@ _LACKING = frozenset({"MachineError", "NoMemoryError", "NoRoomError", "ProviderE
 _BROUGHT_BY = {
     **dict.fromkeys(("PIL", "jinja2", "numpy", "tokenizers"), "svcli"),
     "datasets": "svcli[train]",
+    "fastapi": "svcli[serve]",
     "huggingface_hub": "svcli[torch]",
     "matplotlib": "svcli[plots]",
     "onnx": "svcli[torch]",
@@ -61,12 +62,15 @@ _BROUGHT_BY = {
     "onnxruntime": "svcli[cpu]",
     "onnxscript": "svcli[torch]",
     "peft": "svcli[train]",
+    "prometheus_client": "svcli[serve]",
     "resvg_py": "svcli[data]",
     "safetensors": "svcli[torch]",
+    "starlette": "svcli[serve]",
     "tensorboard": "svcli[loggers]",
     "tomli": "svcli[torch]",
     "tomli_w": "svcli[train]",
     "torch": "svcli[torch]",
+    "uvicorn": "svcli[serve]",
     "wandb": "svcli[loggers]",
 }
 

@@ -59,6 +59,14 @@ def note(message: str, console: Console | None = None) -> None:
     _remark("Note:", "yellow", message, console or stderr())
 
 
+def serving(line: str, example: str) -> None:
+    """That a server is there, on stderr; on a terminal also how to try it."""
+    console = stderr()
+    console.print(encodable(console, printable(line)), soft_wrap=True)
+    if console.is_terminal:
+        console.print(encodable(console, printable(example)), style="dim", soft_wrap=True)
+
+
 def show(line: str) -> None:
     """One line of a result."""
     console = stdout()

@@ -38,14 +38,16 @@ class VisualCache:
 
     def __init__(self, max_bytes: int = _DEFAULT_BYTES) -> None:
         self.max_bytes = max_bytes
-        self.num_bytes = 0
+        self.num_bytes = self.num_hits = self.num_misses = 0
         self._rows: OrderedDict[str, Visual] = OrderedDict()
 
     def rows(self, picture: Picture, encode: Callable[[Pixels, Cut], Visual]) -> Visual:
         """What `encode` makes of the picture, or made of it before."""
         if picture.key in self._rows:
             self._rows.move_to_end(picture.key)
+            self.num_hits += 1
             return self._rows[picture.key]
+        self.num_misses += 1
         visual = encode(picture.views, picture.cut)
         self._rows[picture.key] = visual
         self.num_bytes += visual.num_bytes

@@ -26,6 +26,10 @@ class PromptError(ValueError):
     """A question that cannot be asked; the message has the numbers."""
 
 
+class LongPromptError(PromptError):
+    """A conversation that does not fit the context."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A conversation as ids, one placeholder for each run of visual rows."""
@@ -80,7 +84,7 @@ class Processor:
         layout = self.layout(ids, [span for cut in cuts for span in self.spans(cut)])
         # One row more, for the first token of the answer.
         if layout.num_kept + 1 > self.contract.capacity:
-            raise PromptError(
+            raise LongPromptError(
                 f"the conversation needs {layout.num_kept + 1} rows of context and there are {self.contract.capacity}"
             )
         return Prompt(ids, layout, cuts)
@@ -117,6 +121,13 @@ class Processor:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return self._chat.decode(ids)
+
+    def token_text(self, token: int) -> str:
+        """What one token says inside a text; the name of a special one, and U+FFFD for a part of a character."""
+        # Behind another, since some decoders take the space from the first.
+        before = [self._chat.encode_text("a")[0]]
+        text = self.decode([*before, token])[len(self.decode(before)) :]
+        return text or self._chat.tokenizer.id_to_token(token) or ""
 
 
 class TextStream:

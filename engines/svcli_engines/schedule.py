@@ -15,8 +15,8 @@ from time import perf_counter
 from PIL import Image
 
 from svcli_engines.answer import Answer, KnownCache, Stats
-from svcli_engines.base import Logits, Pool
-from svcli_engines.pictures import VisualCache
+from svcli_engines.base import Logits, Pool, Visual
+from svcli_engines.pictures import Picture, VisualCache
 from svcli_engines.processor import Processor
 from svcli_engines.question import Question
 from svcli_engines.sampling import Sampling
@@ -28,12 +28,20 @@ class BusyError(RuntimeError):
     """A question that was not taken: too many wait, or the scheduler is closing."""
 
 
+class ClosingError(BusyError):
+    """A question that was not taken, or is not answered to its end, since the scheduler takes no more."""
+
+
 class LateError(RuntimeError):
     """An answer that was not there in time."""
 
 
 Report = Callable[[Piece | Stats | Exception], None]
 """Called by the scheduler's thread: pieces, and last Stats or what went wrong. It must not block."""
+
+
+LookReport = Callable[[Visual | Exception], None]
+"""The same for a picture that is looked at, without a question."""
 
 
 @dataclass(eq=False)
@@ -62,6 +70,8 @@ class Load:
     """What is going on."""
 
     alive: bool
+    closing: bool
+    """Takes no more."""
     num_waiting: int
     num_running: int
     num_slots: int
@@ -85,6 +95,7 @@ class Scheduler:
         self._visuals = visuals or VisualCache()
         self._slots = [_Slot(KnownCache(engine, processor, self._visuals)) for engine in pool.slots]
         self._waiting: deque[Request] = deque()
+        self._looks: deque[tuple[Picture, LookReport]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="svcli-scheduler", daemon=True)
@@ -97,17 +108,30 @@ class Scheduler:
     def submit(
         self, question: Question, sampling: Sampling, report: Report, *, seconds: float | None = None
     ) -> Request:
-        """Takes a question, which is answered within `seconds` or ends with LateError. Raises BusyError."""
+        """Takes a question, which is answered within `seconds` or ends with LateError.
+
+        Raises BusyError where `max_waiting` wait beside those that have a slot, and ClosingError."""
         now = perf_counter()
         request = Request(question, sampling, report, None if seconds is None else now + seconds, now)
         with self._changed:
             if self._closing or not self._thread.is_alive():
-                raise BusyError("the server is shutting down")
-            if len(self._waiting) >= self._max_waiting:
+                raise ClosingError("the server is shutting down")
+            num_free = sum(slot.request is None for slot in self._slots)  # whose turn is about to come
+            if sum(not each.cancelled for each in self._waiting) >= self._max_waiting + num_free:
                 raise BusyError(f"{self._max_waiting} questions are waiting already")
             self._waiting.append(request)
             self._changed.notify()
         return request
+
+    def look(self, picture: Picture, report: LookReport) -> None:
+        """Reports what the encoder makes of a picture, or what went wrong; between two steps. Raises BusyError."""
+        with self._changed:
+            if self._closing or not self._thread.is_alive():
+                raise ClosingError("the server is shutting down")
+            if len(self._looks) >= self._max_waiting:
+                raise BusyError(f"{self._max_waiting} pictures are waiting already")
+            self._looks.append((picture, report))
+            self._changed.notify()
 
     def cancel(self, request: Request) -> None:
         """Nobody wants the answer any more: its slot is free before the next step, and nothing more is reported."""
@@ -122,6 +146,7 @@ class Scheduler:
             rows = sum(slot.cache.engine.length for slot in running)
             return Load(
                 alive=self._thread.is_alive(),
+                closing=self._closing,
                 num_waiting=len(self._waiting),
                 num_running=len(running),
                 num_slots=len(self._slots),
@@ -139,7 +164,7 @@ class Scheduler:
         self._thread.join(seconds)
         ended = not self._thread.is_alive()
         if not ended:
-            late = LateError("the server is shutting down")
+            late = ClosingError("the server is shutting down")
             with self._changed:
                 left = [*self._waiting, *(slot.request for slot in self._slots if slot.request is not None)]
                 for request in left:
@@ -154,15 +179,21 @@ class Scheduler:
     def _run(self) -> None:
         try:
             while self._wait():
+                self._look_once()
                 self._begin_one()
                 self._step()
         except BaseException as error:  # a defect, or no memory: nobody may wait for ever
             with self._changed:
                 self._closing = True
                 requests = [*self._waiting, *(slot.request for slot in self._slots if slot.request is not None)]
+                looks = [report for _, report in self._looks]
                 self._waiting.clear()
+                self._looks.clear()
+            stopped = RuntimeError(f"the scheduler stopped ({error!r})")
             for request in requests:
-                _report(request, RuntimeError(f"the scheduler stopped ({error!r})"))
+                _report(request, stopped)
+            for report in looks:
+                report(stopped)
             raise
 
     def _wait(self) -> bool:
@@ -170,7 +201,7 @@ class Scheduler:
         with self._changed:
             while True:
                 self._let_go()
-                if self._waiting or any(slot.request for slot in self._slots):
+                if self._waiting or self._looks or any(slot.request for slot in self._slots):
                     return True
                 if self._closing:
                     return False
@@ -187,6 +218,18 @@ class Scheduler:
             if slot.request is not None and _is_over(slot.request, now):
                 _report(slot.request, late)
                 self._free(slot)
+
+    def _look_once(self) -> None:
+        with self._changed:
+            if not self._looks:
+                return
+            picture, report = self._looks.popleft()
+        try:
+            seen = self._visuals.rows(picture, self._slots[0].cache.engine.encode)
+        except Exception as error:
+            report(error)
+        else:
+            report(seen)
 
     def _begin_one(self) -> None:
         """One prompt between two steps, so that answers that are being made go on."""

@@ -34,6 +34,7 @@ def test_what_the_user_gave_is_2_and_what_failed_is_1() -> None:
         ("datasets", "train"),
         ("peft", "train"),
         ("tomli_w", "train"),
+        ("uvicorn", "serve"),
         ("tensorboard.compat", "loggers"),
         ("wandb", "loggers"),
     ],

@@ -16,6 +16,7 @@ from svcli.app import app
 ROOT = Path(__file__).parents[2]
 HEAVY = {
     "PIL",
+    "fastapi",
     "httpx",
     "huggingface_hub",
     "jinja2",
@@ -23,12 +24,29 @@ HEAVY = {
     "numpy",
     "onnx",
     "onnxruntime",
+    "prometheus_client",
     "prompt_toolkit",
     "safetensors",
+    "starlette",
     "tokenizers",
     "torch",
+    "uvicorn",
 }
-COMMANDS = ("chat", "inspect", "cost", "profile", "verify", "doctor", "export", "build-engine", "train", "new", "data")
+COMMANDS = (
+    "chat",
+    "ask",
+    "serve",
+    "inspect",
+    "cost",
+    "profile",
+    "verify",
+    "doctor",
+    "export",
+    "build-engine",
+    "train",
+    "new",
+    "data",
+)
 
 
 # typer itself loads pydantic for everything but the main help.
@@ -38,6 +56,7 @@ COMMANDS = ("chat", "inspect", "cost", "profile", "verify", "doctor", "export", 
         (["--help"], HEAVY | {"pydantic"}),
         (["--version"], HEAVY | {"pydantic"}),
         (["chat", "--help"], HEAVY),
+        (["serve", "--help"], HEAVY),
         (["train", "--help"], HEAVY),
         ([], HEAVY),
     ],

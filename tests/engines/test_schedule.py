@@ -16,7 +16,7 @@ from svcli_engines.base import Engine, EngineError, Logits
 from svcli_engines.generate import Conversation
 from svcli_engines.processor import Processor
 from svcli_engines.sampling import Sampling
-from svcli_engines.schedule import BusyError, LateError, Request, Scheduler
+from svcli_engines.schedule import BusyError, ClosingError, LateError, Request, Scheduler
 from svcli_engines.turn import Piece
 from svcli_export.chat import Message
 from tests.engines.conftest import Exported
@@ -131,6 +131,15 @@ def test_more_than_can_wait_are_refused_at_once(processor: Processor, gate: thre
             assert isinstance(caller.wait()[1], Stats)
 
 
+def test_a_burst_is_taken_as_far_as_there_are_slots(processor: Processor, gate: threading.Event) -> None:
+    with scheduled(Several([Gated(gate) for _ in range(3)]), processor, max_waiting=1) as scheduler:
+        callers = [Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=2)) for _ in range(4)]
+        with pytest.raises(BusyError):
+            Caller(scheduler, "me too?")
+        gate.set()
+        assert all(isinstance(caller.wait()[1], Stats) for caller in callers)
+
+
 def test_who_goes_away_makes_room_and_hears_no_more(processor: Processor, gate: threading.Event) -> None:
     gate.set()
     with scheduled(Several([Gated(gate)]), processor) as scheduler:
@@ -232,7 +241,7 @@ def test_closing_breaks_off_what_takes_too_long(processor: Processor, gate: thre
     scheduler = Scheduler(Several([Gated(gate)]), processor)
     callers = [Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=1_000_000)) for _ in range(2)]
     assert not scheduler.close(0.05)
-    assert all(isinstance(caller.wait()[1], LateError) for caller in callers)
+    assert all(isinstance(caller.wait()[1], ClosingError) for caller in callers)
 
 
 def test_load_says_what_is_in_use(processor: Processor, gate: threading.Event) -> None:

@@ -1,0 +1,59 @@
+"""One request: what is noted of it, and what must end with it."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from time import perf_counter
+from urllib.parse import quote
+
+from starlette.types import Scope
+
+from svcli_engines.answer import Stats
+
+PATHS = ("/v1/chat/completions", "/v1/models", "/v1/svcli/look", "/health", "/metrics", "/openapi.json")
+GONE = 499
+"""The status of a call whose client went away, in logs and counters alone."""
+_LONGEST = 100
+_log = logging.getLogger("svcli.server")
+
+
+@dataclass
+class Call:
+    """A request on its way."""
+
+    method: str
+    path: str
+    status: int = 0
+    """0 while nothing is answered."""
+    complete: bool = False
+    """Whether the answer is out as a whole."""
+    stats: Stats | None = None
+    problem: str = ""
+    """What the status does not say."""
+    ends: ExitStack = field(default_factory=ExitStack)
+    """Runs however the request ends, also where its client goes away."""
+    started_at: float = field(default_factory=perf_counter)
+
+    @staticmethod
+    def of(scope: Scope) -> Call:
+        return Call(scope["method"], scope["path"])
+
+    @property
+    def route(self) -> str:
+        """The path, as one of few."""
+        if self.path.startswith("/v1/models/"):
+            return "/v1/models/{id}"
+        return self.path if self.path in PATHS else "other"
+
+    def log(self) -> None:
+        """One line, in which nothing that a client sent can begin another."""
+        facts = [self.method, quote(self.path)[:_LONGEST], str(self.status)]
+        if self.stats is not None:
+            prompt = self.stats.num_shared_rows + self.stats.num_prompt_rows
+            facts.append(f"{prompt}+{self.stats.num_tokens} tokens")
+        facts.append(f"{perf_counter() - self.started_at:.3f} s")
+        if self.problem:
+            facts.append(f"({self.problem})")
+        _log.info(" ".join(facts))
