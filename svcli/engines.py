@@ -11,6 +11,10 @@ from svcli.errors import UsageError
 if TYPE_CHECKING:
     from svcli_engines.base import Engine, Pool
     from svcli_export.manifest import Manifest
+    from svcli_export.runtime import Provider
+
+_POOL_BYTES = 1 << 30
+_MOST_SLOTS = 8
 
 
 class EngineName(str, Enum):
@@ -53,10 +57,6 @@ def open_engine(
     return TensorRTEngine(bundle, manifest, backend="tensorrt" if name is EngineName.TENSORRT else "tensorrt-rtx")
 
 
-_POOL_BYTES = 1 << 30
-_MOST_SLOTS = 8
-
-
 def open_pool(
     name: EngineName, bundle: Path, manifest: Manifest, *, threads: int | None = None, parallel: int | None = None
 ) -> Pool:
@@ -72,7 +72,7 @@ def open_pool(
         contract = manifest.contract
         fitting = _POOL_BYTES // (contract.capacity * contract.kv_bytes_per_row)
         num_slots = parallel or max(1, min(_MOST_SLOTS, fitting))
-        provider = "cuda" if name is EngineName.ONNXRUNTIME_CUDA else "cpu"
+        provider: Provider = "cuda" if name is EngineName.ONNXRUNTIME_CUDA else "cpu"
         return OnnxPool(bundle, manifest, provider=provider, num_threads=threads, num_slots=num_slots)
     if parallel is not None and parallel > 1:
         raise UsageError(f"{name.value} runs one sequence at a time; leave --parallel out")

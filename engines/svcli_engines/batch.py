@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from queue import Queue
 from typing import Any
 
@@ -86,7 +87,7 @@ def answer_rows(
     sampling: Sampling,
     *,
     at_once: int,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """An outcome for each row, in order. Pictures are opened ahead, by threads of their own, for `at_once` rows.
 
     Given up, it breaks off what is being answered.
@@ -114,7 +115,12 @@ def answer_rows(
         finally:
             for asked in waiting:
                 if asked.made is not None and not asked.made.cancel():
-                    asked.made.add_done_callback(lambda made: made.exception() or scheduler.cancel(made.result()))
+                    asked.made.add_done_callback(partial(_give_up, scheduler))
+
+
+def _give_up(scheduler: Scheduler, made: Future[Request]) -> None:
+    if made.exception() is None:
+        scheduler.cancel(made.result())
 
 
 def _outcome(asked: _Asked) -> Outcome:
