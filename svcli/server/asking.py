@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from svcli.server.limits import (
     MAX_MESSAGES,
+    MAX_NAME,
     MAX_PARTS,
     MAX_STOP_LETTERS,
     MAX_STOPS,
@@ -120,7 +121,7 @@ class SvcliOptions(_Wire):
 class ChatRequest(_Wire):
     """A conversation that ends with a question."""
 
-    model: Text = Field(max_length=512)
+    model: Text = Field(max_length=MAX_NAME)
     messages: list[AnyMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -164,7 +165,7 @@ class ChatRequest(_Wire):
 class LookRequest(_Wire):
     """A picture, to see what the model keeps of it."""
 
-    model: Text = Field(max_length=512)
+    model: Text = Field(max_length=MAX_NAME)
     image_url: ImageUrl
     svcli: SvcliOptions | None = None
 

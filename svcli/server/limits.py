@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_NAME = 512
+"""Letters of a model's name."""
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
 """Of one message."""

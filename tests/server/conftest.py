@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from svcli_engines.pictures import VisualCache
 from svcli_engines.processor import Processor
 from svcli_engines.schedule import Scheduler
 from svcli_export.chat import Message
-from svcli_export.manifest import load_manifest
+from svcli_export.manifest import MANIFEST_FILE, load_manifest
 from tests.engines.test_generate import Scripted
 from tests.engines.test_schedule import Several
 
@@ -163,11 +164,11 @@ class Process:
 
 
 @contextmanager
-def serving(*options: str, **environment: str) -> Iterator[Process]:
+def serving(*options: str | Path, **environment: str) -> Iterator[Process]:
     """The bundled model on a free port of loopback."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "export", "engines"))
     environ = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "svcli", "serve", "--port", "0", "--threads", "1", *options]
+    command = [sys.executable, "-m", "svcli", "serve", "--port", "0", "--threads", "1", *map(str, options)]
     started = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     assert started.stderr is not None
     lines = [started.stderr.readline()]
@@ -182,6 +183,17 @@ def serving(*options: str, **environment: str) -> Iterator[Process]:
         started.wait(SECONDS)
         listening.join(SECONDS)
         started.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, but that nothing it says ends its answer before its context is full."""
+    folder = tmp_path_factory.mktemp("endless") / NAME
+    shutil.copytree(bundled_model(), folder)
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["chat"]["stop_ids"] = [manifest["chat"]["image_id"]]  # which is never said
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture(scope="session")
