@@ -127,6 +127,7 @@ class ChatRequest(_Wire):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of `max_tokens`.")
+    min_tokens: int | None = Field(None, ge=0, description="The model does not end its answer before; for timing.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0, the likeliest token, if left out.")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -196,6 +197,7 @@ def sampling_of(request: ChatRequest, limits: Limits) -> Sampling:
         top_p=1.0 if request.top_p is None else request.top_p,
         seed=None if request.seed is None else request.seed % (2 * _SEEDS),
         max_new_tokens=min(wanted, limits.max_tokens),
+        min_new_tokens=request.min_tokens or 0,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
