@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from svcli_engines.answer import Stats
 from svcli_engines.question import Question
@@ -22,10 +23,8 @@ class Answering:
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
         def report(event: Event | Exception) -> None:
-            try:
+            with suppress(RuntimeError):  # the loop is closed, and nobody listens
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
-            except RuntimeError:  # the loop is closed, and nobody listens
-                self._scheduler.cancel(self._request)
 
         self._scheduler = scheduler
         self._request = scheduler.submit(question, sampling, report, seconds=seconds)

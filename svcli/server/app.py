@@ -102,7 +102,7 @@ def make_app(models: Mapping[str, Served], limits: Limits, metrics: Metrics, rea
         """What `model` may be."""
         return Cards(data=[_card(each) for each in models.values()])
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> Card:
         """One of them."""
         return _card(pick(models, name))

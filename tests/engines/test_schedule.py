@@ -225,6 +225,23 @@ def test_the_next_turn_finds_the_rows_of_the_one_before(exported: Exported) -> N
             assert event.vision_seconds == 0
 
 
+def test_a_picture_is_looked_at_between_two_steps(processor: Processor, gate: threading.Event) -> None:
+    gate.set()
+    with scheduled(Several([Gated(gate)]), processor) as scheduler:
+        caller = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=9_000))
+        assert isinstance(caller.heard.get(timeout=SECONDS), Piece)
+        (picture,) = scheduler.question([Message("user", "-", images=1)], [PICTURE]).pictures
+        seen: Queue[object] = Queue()
+        for _ in range(2):
+            scheduler.look(picture, seen.put)
+        first, second = (seen.get(timeout=SECONDS) for _ in range(2))
+        assert first is second  # it was encoded once
+        assert scheduler.load().num_running == 1
+        scheduler.cancel(caller.request)
+    with pytest.raises(ClosingError):
+        scheduler.look(picture, seen.put)
+
+
 def test_closing_ends_what_was_taken(processor: Processor, gate: threading.Event) -> None:
     pool = Several([Gated(gate)])
     scheduler = Scheduler(pool, processor)

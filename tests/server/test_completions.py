@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from svcli.server.limits import Limits
+from svcli_engines.picture_urls import FetchLimits
 from svcli_engines.processor import Processor
 from tests.server.conftest import SECONDS, Opener, Speaker, events, question
 
@@ -145,16 +146,22 @@ def test_seeds_draw_the_same_again(inside: Opener, processor: Processor) -> None
     assert len({drawn(seed) for seed in range(5)}) > 1
 
 
-def test_all_roles_and_parts_make_a_prompt(inside: Opener) -> None:
+def test_answers_of_before_and_parts_make_a_prompt(inside: Opener) -> None:
     messages = [
-        {"role": "system", "content": "be brief"},
-        {"role": "developer", "content": [{"type": "text", "text": "be kind"}]},
         *shown(picture(), picture(colour="blue")),
         {"role": "assistant", "content": "two", "refusal": None, "annotations": [], "audio": None, "tool_calls": None},
-        {"role": "user", "content": "which?"},
+        {"role": "user", "content": [{"type": "text", "text": "which"}, {"type": "text", "text": "is red?"}]},
     ]
     said = inside().post(question(messages=messages)).json()
     assert said["usage"]["prompt_tokens_details"]["visual_tokens"] == 2 * 256
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_model_without_a_place_for_it_refuses_a_system_message(inside: Opener, role: str) -> None:
+    messages = [{"role": role, "content": [{"type": "text", "text": "be brief"}]}, *shown(picture())]
+    error = inside().post(question(messages=messages)).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_prompt", "messages")
+    assert "no place for a system message" in error["message"]
 
 
 def changed(**parts: Any) -> dict[str, Any]:
@@ -250,6 +257,24 @@ def test_what_is_no_json_for_us_is_refused(inside: Opener, content: bytes) -> No
     response = inside().post(content)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_pictures_are_fetched_where_that_is_allowed(inside: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[str, FetchLimits]]()
+
+    def fetch(url: str, limits: FetchLimits) -> bytes:
+        asked.append((url, limits))
+        return base64.b64decode(picture().partition(",")[2])
+
+    server = inside(limits=Limits(seconds=3, max_body=10_000, allow_urls=True))
+    refused = server.post(part("http://127.0.0.1:1/a.png"))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_image")
+    assert "private address" in refused.json()["error"]["message"]
+    monkeypatch.setattr("svcli.server.served.fetch_picture", fetch)
+    assert server.post(part("https://example.com/a.png?b=c")).status_code == 200
+    assert asked == [("https://example.com/a.png?b=c", FetchLimits(seconds=3, num_bytes=10_000))]
+    assert server.post(part("file:///etc/passwd")).status_code == 400
+    assert len(asked) == 1
 
 
 def test_an_unknown_model_is_not_there(inside: Opener) -> None:
