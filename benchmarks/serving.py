@@ -92,7 +92,7 @@ def pictures(folder: Path) -> Iterator[str]:
     random = np.random.default_rng(0)
     for image in itertools.cycle(images):
         width, height = (int(side * share) for side, share in zip(image.size, random.uniform(0.5, 1, 2), strict=True))
-        left, top = random.integers(0, image.width - width + 1), random.integers(0, image.height - height + 1)
+        left, top = (int(random.integers(0, room + 1)) for room in (image.width - width, image.height - height))
         buffer = io.BytesIO()
         image.crop((left, top, left + width, top + height)).save(buffer, "JPEG", quality=90)
         yield "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -256,7 +256,7 @@ def main() -> None:
                 "rows": {server.variant: server.manifest.contract.capacity for server in servers},
                 "clients": asyncio.run(measure(servers, arguments)),
             }
-    write_results(arguments.output, found)
+    write_results(found, arguments.output)
 
 
 if __name__ == "__main__":
