@@ -109,7 +109,7 @@ class KnownCache:
             logits,
             asked_at=asked_at,
             num_shared_rows=num_shared_rows,
-            vision_seconds=vision_seconds if rest.pictures else 0.0,
+            vision_seconds=vision_seconds if self._visuals.num_misses > num_encoded else 0.0,
             prefill_seconds=prefill_seconds,
         )
 

@@ -26,11 +26,7 @@ def closing_line(stats: Stats) -> list[str]:
         f"{stats.visual_tokens_full}→{stats.visual_tokens_kept} visual tokens",
         f"KV {ui.size_change(stats.kv_bytes_full, stats.kv_bytes)}",
         # A second question about a picture does not look at it again.
-        *(
-            [f"vision {ui.duration(stats.vision_seconds)}"]
-            if stats.vision_seconds > 0.0005 or not stats.extended
-            else []
-        ),
+        *([f"vision {ui.duration(stats.vision_seconds)}"] if stats.vision_seconds else []),
         f"prefill {ui.duration(stats.prefill_seconds)}",
         f"first token {ui.duration(stats.first_token_seconds)}",
         # An answer of one token has no rate.

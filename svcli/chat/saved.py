@@ -47,6 +47,9 @@ def save(session: Session, path: Path) -> None:
     try:
         half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         half.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # the half one means nothing to anybody
+        raise
     finally:
         half.unlink(missing_ok=True)
 

@@ -175,8 +175,9 @@ def test_the_same_picture_again_is_not_encoded_again(processor: Processor) -> No
     conversation = Conversation(engine, processor)
     split(conversation.ask("what is this?", [PICTURE]))
     engine.calls.clear()
-    split(conversation.ask("and this?", [PICTURE.copy()]))
+    _, stats = split(conversation.ask("and this?", [PICTURE.copy()]))
     assert [name for name, _ in engine.calls] == ["append", "extend"]
+    assert stats.vision_seconds == 0
 
 
 def test_where_nothing_can_be_appended_a_new_picture_prefills_all_again(processor: Processor) -> None:
