@@ -93,6 +93,7 @@ class KnownCache:
         self._units = list(shared)
         engine.rewind(sum(unit.num_rows for unit in shared), sum(unit.num_positions for unit in shared))
         num_shared_rows = engine.length
+        num_encoded = self._visuals.num_misses
         seen, vision_seconds = timed(
             engine, lambda: [self._visuals.rows(each, engine.encode) for each in rest.pictures]
         )
