@@ -91,3 +91,6 @@ def test_a_command_without_its_extra_names_it(environment: Path, tmp_path: Path)
     assert done.returncode == 3
     assert 'pip install "svcli[torch]"' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    done = run(environment / "svcli", "serve", cwd=tmp_path)
+    assert done.returncode == 3
+    assert 'pip install "svcli[serve]"' in done.stderr

@@ -233,6 +233,22 @@ def begun(process: Process, heard: list[str], **options: int) -> threading.Threa
     return thread
 
 
+def test_a_full_queue_is_told_at_once(endless: Path) -> None:
+    with serving(endless, "--parallel", "1", "--queue", "1", "--drain", "0") as process:
+        heard: list[str] = []
+        first = begun(process, heard)
+        second = begun(process, heard)
+        wait_until(lambda: metric(process, "queue_length") == 1)
+        with client_of(process) as client, pytest.raises(openai.RateLimitError) as refused:
+            client.chat.completions.create(model=NAME, messages=asked(picture=None))
+        assert (refused.value.code, refused.value.response.headers["retry-after"]) == ("queue_full", "1")
+        process.end()
+        for thread in (first, second):
+            thread.join()
+    # Who was waiting had no status yet.
+    assert sorted(heard) == ["Error code: 503 - the server is shutting down", "the server is shutting down"]
+
+
 def is_listening(process: Process) -> bool:
     address = urlsplit(process.url)
     try:
