@@ -109,7 +109,9 @@ def _without_pictures(desk: Desk, line: str) -> str:
 
 
 def _sentence(error: Exception, session: Session) -> str:
+    from svcli_engines.processor import LongPromptError
+
     message, _ = explain(error)
-    if type(error).__name__ == "PromptError" and session.messages:
+    if isinstance(error, LongPromptError) and session.messages:
         return f"{message}; {_MAKE_ROOM}"
     return message

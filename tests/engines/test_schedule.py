@@ -23,6 +23,8 @@ from tests.engines.conftest import Exported
 from tests.engines.test_generate import OTHER, PICTURE, Scripted, split
 
 LONG = Sampling(max_new_tokens=500)
+CAPACITY = 10**9
+"""No answer here ends for want of room."""
 SECONDS = 30.0
 """Longer than anything here takes, however busy the machine is."""
 
@@ -31,7 +33,7 @@ class Gated(Scripted):
     """Says the same for ever, and computes nothing while its gate is shut."""
 
     def __init__(self, gate: threading.Event) -> None:
-        super().__init__(iter(lambda: 9, None), capacity=10_000)
+        super().__init__(iter(lambda: 9, None), capacity=CAPACITY)
         self.gate = gate
 
     def _next(self) -> Logits:
@@ -143,7 +145,7 @@ def test_a_burst_is_taken_as_far_as_there_are_slots(processor: Processor, gate: 
 def test_who_goes_away_makes_room_and_hears_no_more(processor: Processor, gate: threading.Event) -> None:
     gate.set()
     with scheduled(Several([Gated(gate)]), processor) as scheduler:
-        gone, next_one = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=9_000)), None
+        gone, next_one = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=10**8)), None
         assert isinstance(gone.heard.get(timeout=SECONDS), Piece)
         scheduler.cancel(gone.request)
         next_one = Caller(scheduler, "and?", sampling=Sampling(max_new_tokens=2))
@@ -169,7 +171,7 @@ def test_who_waits_in_the_queue_can_go_away(processor: Processor, gate: threadin
 def test_what_is_late_ends(processor: Processor, gate: threading.Event) -> None:
     gate.set()
     with scheduled(Several([Gated(gate)]), processor) as scheduler:
-        running = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=1_000_000), seconds=0.2)
+        running = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=10**8), seconds=0.2)
         waiting = Caller(scheduler, "and?", seconds=0.0)
         assert isinstance(running.wait()[1], LateError)
         assert isinstance(waiting.wait()[1], LateError)
@@ -228,7 +230,7 @@ def test_the_next_turn_finds_the_rows_of_the_one_before(exported: Exported) -> N
 def test_a_picture_is_looked_at_between_two_steps(processor: Processor, gate: threading.Event) -> None:
     gate.set()
     with scheduled(Several([Gated(gate)]), processor) as scheduler:
-        caller = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=9_000))
+        caller = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=10**8))
         assert isinstance(caller.heard.get(timeout=SECONDS), Piece)
         (picture,) = scheduler.question([Message("user", "-", images=1)], [PICTURE]).pictures
         seen: Queue[object] = Queue()
@@ -256,7 +258,7 @@ def test_closing_ends_what_was_taken(processor: Processor, gate: threading.Event
 def test_closing_breaks_off_what_takes_too_long(processor: Processor, gate: threading.Event) -> None:
     gate.set()
     scheduler = Scheduler(Several([Gated(gate)]), processor)
-    callers = [Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=1_000_000)) for _ in range(2)]
+    callers = [Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=10**8)) for _ in range(2)]
     assert not scheduler.close(0.05)
     assert all(isinstance(caller.wait()[1], ClosingError) for caller in callers)
 
@@ -265,7 +267,7 @@ def test_load_says_what_is_in_use(processor: Processor, gate: threading.Event) -
     with scheduled(Several([Gated(gate), Gated(gate)]), processor) as scheduler:
         before = scheduler.load()
         assert (before.alive, before.num_running, before.num_slots, before.kv_rows) == (True, 0, 2, 0)
-        assert before.kv_bytes_reserved == 2 * 10_000 * 10
+        assert before.kv_bytes_reserved == 2 * CAPACITY * 10
         caller = Caller(scheduler, "what?", [PICTURE], sampling=Sampling(max_new_tokens=2))
         while scheduler.load().kv_rows == 0:
             pass
