@@ -282,6 +282,36 @@ def training_work() -> str:
     return table(header, rows)
 
 
+def serving() -> str:
+    """Many callers of a server, dense against skipped in the same memory."""
+    found = result("serving")["load"]
+    rows = []
+    for clients, case in found["clients"].items():
+        for variant in ("dense", "skipped"):
+            told = case[variant]
+            first, whole = told["first_token"], told["whole"]
+            rows.append(
+                [
+                    f"{clients}, {variant}",
+                    str(told["answers"]),
+                    f"{told['answers_per_second']:.1f}",
+                    f"{told['tokens_per_second']:.0f}",
+                    *(seconds(first[each]) for each in ("p50", "p95", "p99")),
+                    *(seconds(whole[each]) for each in ("p50", "p95", "p99")),
+                    f"{case['tokens_ratio']:.2f}" if variant == "skipped" else "",
+                ]
+            )
+    header = ["callers", "answers", "answers/s", "tokens/s", "first token, p50", "p95", "p99"]
+    header += ["whole answer, p50", "p95", "p99", "tokens/s to dense"]
+    slots, room = found["slots"], found["rows"]
+    return (
+        f"{table(header, rows)}\n\nBoth have {found['budget_mib']:g} MiB for KV caches, which is {slots['dense']}"
+        f" slots of {room['dense']} rows dense and {slots['skipped']} of {room['skipped']} skipped: as many"
+        f" conversations at a time. Answers of {found['tokens']} tokens about pictures that were not seen before; callers on the same machine;"
+        f" {found['rounds']} rounds of {found['seconds']:g} s each, in turn; {on_machine(found)}."
+    )
+
+
 def selection() -> str:
     """Whether what is retained is what matters."""
     found = result("accuracy").get("selection")
@@ -567,6 +597,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "training_ratio": training_ratio,
     "training_work": training_work,
     "selection": selection,
+    "serving": serving,
     "kernels": kernels,
     "gpu": gpu,
     "gpu_engine": gpu_engine,

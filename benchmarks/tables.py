@@ -25,6 +25,7 @@ DOCUMENTS = tuple(
         "docs/models.md",
         "docs/plugins.md",
         "docs/profile.md",
+        "docs/serve.md",
         "docs/training.md",
         "models/skipvision-tiny/README.md",
     )

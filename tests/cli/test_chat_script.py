@@ -205,7 +205,8 @@ def test_a_saved_conversation_goes_on_in_the_same_words(bundle: Path, picture: P
 def test_a_file_that_is_no_conversation_is_neither_read_nor_lost(bundle: Path, picture: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text("{}")
-    refused(bundle, picture, lines=f"{QUESTION}\n/save {tmp_path}/none/talk.json\n", words="none/talk.json: No such")
+    nowhere = tmp_path / "none" / "talk.json"
+    refused(bundle, picture, lines=f"{QUESTION}\n/save {nowhere}\n", words=f"{nowhere}: No such", code=1)
     refused(bundle, picture, lines=f"{QUESTION}\n/save {other}\n", words="another name")
     refused(bundle, picture, lines=f"/load {other}\n", words="no conversation")
     assert other.read_text() == "{}"
