@@ -307,7 +307,7 @@ def serving() -> str:
     return (
         f"{table(header, rows)}\n\nBoth have {found['budget_mib']:g} MiB for KV caches, which is {slots['dense']}"
         f" slots of {room['dense']} rows dense and {slots['skipped']} of {room['skipped']} skipped: as many"
-        f" conversations at a time. Answers of {found['tokens']} tokens about pictures that were not seen before; callers"
+        f" conversations at a time. Answers of {found['tokens']} tokens about pictures not seen before; callers"
         " on the same machine;"
         f" {found['rounds']} rounds of {found['seconds']:g} s each, in turn; {on_machine(found)}."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -69,6 +68,8 @@ def ask(
     Each line of FILE says its row, the input, and the answer or an error. A row that fails is passed over, and the exit
     code is 1 then. Killed and started again, it goes on behind the last whole line.
     """
+    import hashlib
+
     from svcli_engines.batch import answer_rows
     from svcli_engines.picture_sources import PictureSource, file_path, sent_picture
     from svcli_engines.picture_urls import FetchLimits
