@@ -207,7 +207,8 @@ async function answer(model, messages, { text, facts }, signal) {
   if (!ended || !usage) throw new Error("The answer broke off.");
   const { visual_tokens: all, visual_tokens_kept: kept, cached_tokens: cached } = usage.prompt_tokens_details;
   facts.visual.textContent = `${kept} of ${all}`;
-  facts.rows.textContent = `${usage.prompt_tokens}, ${cached} of them cached`;
+  facts.rows.textContent = usage.prompt_tokens;
+  facts.cached.textContent = cached;
   facts.answer.textContent = `${usage.completion_tokens} tokens${finish === "length" ? ", cut off" : ""}`;
   if (last > first) facts.rate.textContent = ((1000 * (usage.completion_tokens - 1)) / (last - first)).toFixed(1);
 }
