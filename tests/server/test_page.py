@@ -170,7 +170,7 @@ def test_a_picture_is_asked_about_dense_and_skipped(browser: Browser, both: Proc
     browser.find("#file").send_keys(str(PICTURE))
     browser.wait(lambda: "patches that were retained" in browser.find("#picture-note").text)
     kept, full = map(int, re.findall(r"\d+", browser.find("#picture-note").text)[:2])
-    share, width = browser.driver.execute_script(CLEAR_AND_DIM)  # type: ignore[no-untyped-call]
+    share, width = browser.driver.execute_script(CLEAR_AND_DIM)
     assert 0.05 < share < 0.95  # some is clear, and some is not
     assert width == browser.find("#picture").size["width"] > 100
 
@@ -200,7 +200,7 @@ def test_the_answer_is_the_one_that_the_server_gives(browser: Browser, both: Pro
     browser.open(both)
     # Its name and its question are HTML, and stay text.
     data = base64.b64encode(PICTURE.read_bytes()).decode()
-    browser.driver.execute_script(DROP, "<b>a</b>.png", "image/png", data)  # type: ignore[no-untyped-call]
+    browser.driver.execute_script(DROP, "<b>a</b>.png", "image/png", data)
     browser.wait(lambda: browser.find("#overlay").is_displayed())
     browser.find("#compare").click()
     browser.find("#question").send_keys(QUESTION)
@@ -214,7 +214,7 @@ def test_the_answer_is_the_one_that_the_server_gives(browser: Browser, both: Pro
       .then((response) => response.json()).then((told) => done(told.choices[0].message.content));
     """
     url = f"data:image/png;base64,{data}"
-    said = browser.driver.execute_async_script(script, MODEL, url, QUESTION)  # type: ignore[no-untyped-call]
+    said = browser.driver.execute_async_script(script, MODEL, url, QUESTION)
     assert browser.texts("article .text") == [said.strip()]
     assert browser.find("#picture").get_attribute("alt") == "The picture: <b>a</b>.png"
 
@@ -222,15 +222,15 @@ def test_the_answer_is_the_one_that_the_server_gives(browser: Browser, both: Pro
 def test_it_fits_a_telephone_and_tells_what_is_wrong(browser: Browser, both: Process) -> None:
     browser.open(both, width=360, height=740)
     data = base64.b64encode(b"no picture at all").decode()
-    browser.driver.execute_script(DROP, "a.txt", "text/plain", data)  # type: ignore[no-untyped-call]
+    browser.driver.execute_script(DROP, "a.txt", "text/plain", data)
     browser.wait(lambda: browser.find("#problem").text == "a.txt is not a picture.")
-    browser.driver.execute_script(DROP, "a.png", "image/png", data)  # type: ignore[no-untyped-call]
+    browser.driver.execute_script(DROP, "a.png", "image/png", data)
     browser.wait(lambda: "picture" in browser.find("#problem").text.replace("a.txt is not a picture.", ""))
     browser.find("#file").send_keys(str(PICTURE))
     browser.find("#question").send_keys(QUESTION + Keys.ENTER)
     browser.wait(browser.is_done)
     wider = "const all = document.documentElement; return [all.scrollWidth - all.clientWidth, window.innerWidth]"
-    assert browser.driver.execute_script(wider) == [0, 360]  # type: ignore[no-untyped-call]
+    assert browser.driver.execute_script(wider) == [0, 360]
 
 
 def test_its_policy_keeps_it_from_asking_elsewhere(browser: Browser, both: Process) -> None:
@@ -240,7 +240,7 @@ def test_its_policy_keeps_it_from_asking_elsewhere(browser: Browser, both: Proce
     document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
     fetch("http://127.0.0.1:9/").catch(() => {});
     """
-    assert browser.driver.execute_async_script(script) == "connect-src"  # type: ignore[no-untyped-call]
+    assert browser.driver.execute_async_script(script) == "connect-src"
 
 
 def test_it_asks_for_the_key_and_stopping_frees_the_slot(browser: Browser, endless: Path) -> None:
@@ -253,7 +253,7 @@ def test_it_asks_for_the_key_and_stopping_frees_the_slot(browser: Browser, endle
         browser.find("#key").send_keys("a-key" + Keys.ENTER)
         browser.wait(lambda: not browser.find("#key-form").is_displayed())
         browser.find("#question").send_keys("What is this?")
-        browser.driver.execute_async_script(STOP_AT_THE_FIRST_WORD)  # type: ignore[no-untyped-call]
+        browser.driver.execute_async_script(STOP_AT_THE_FIRST_WORD)
         browser.wait(browser.is_done)
         assert browser.texts('[data-fact="answer"]') == ["stopped"]
         assert browser.texts("h3") == [NAME]
