@@ -11,6 +11,7 @@ from typing import NoReturn
 import pytest
 
 OPTIONAL = {
+    "chromium": "no chromium and chromedriver (apt install chromium chromium-driver): the page was not tried in one",
     "compiler": "no C++ compiler (CXX, g++ or clang++): the kernels' arithmetic was not checked",
     "inductor": (
         "no C++ compiler or no Python.h for torch.compile, or torch in a path with a space, which it cannot compile in:"

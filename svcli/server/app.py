@@ -20,6 +20,7 @@ from svcli.server.gate import SCOPE_KEY
 from svcli.server.limits import Limits
 from svcli.server.looking import looked_at
 from svcli.server.metrics import Metrics
+from svcli.server.page import page_routes
 from svcli.server.problems import EXPECTED, ErrorBody, Problem, problem_of, problem_of_body
 from svcli.server.replies import Card, Cards, ChatCompletion, Health, Look, Writer, event
 from svcli.server.served import Readers, Served, pick
@@ -43,6 +44,7 @@ def make_app(models: Mapping[str, Served], limits: Limits, metrics: Metrics, rea
     """The application of some models by name; runs behind a Gate."""
     # No page that loads things from elsewhere.
     app = FastAPI(title="svcli", version=__version__, docs_url=None, redoc_url=None, responses=_PROBLEMS)
+    app.routes.extend(page_routes())
 
     @app.post(
         "/v1/chat/completions",

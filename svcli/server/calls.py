@@ -10,9 +10,10 @@ from urllib.parse import quote
 
 from starlette.types import Scope
 
+from svcli.server.page import PATHS as PAGE_PATHS
 from svcli_engines.answer import Stats
 
-PATHS = ("/v1/chat/completions", "/v1/models", "/v1/svcli/look", "/health", "/metrics", "/openapi.json")
+PATHS = ("/v1/chat/completions", "/v1/models", "/v1/svcli/look", "/health", "/metrics", "/openapi.json", *PAGE_PATHS)
 GONE = 499
 """The status of a call whose client went away, in logs and counters alone."""
 _LONGEST = 100

@@ -15,11 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from svcli.server.calls import GONE, Call
 from svcli.server.limits import Limits
+from svcli.server.page import PATHS as PAGE_PATHS
 from svcli.server.problems import RETRY_SECONDS, Problem, problem_of
 
-OPEN_PATHS = ("/health",)
-"""What needs no key."""
+OPEN_PATHS = ("/health", *PAGE_PATHS)
+"""What needs no key to be read. The page asks for one, and sends it with what it asks."""
 SCOPE_KEY = "svcli.call"
+_READING = ("GET", "HEAD")
 _LINGER_SECONDS, _LINGER_BYTES = 10.0, 256 << 20
 """How long a body is still read, and thrown away, that was refused: a client reads its answer when all is sent."""
 _SLACK_SECONDS = 30.0
@@ -75,8 +77,8 @@ class Gate:
 
     async def _let_in(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        self._check(scope["path"], headers)
-        if scope["method"] in ("GET", "HEAD"):
+        self._check(scope["method"], scope["path"], headers)
+        if scope["method"] in _READING:
             await self._run(call, scope, b"", receive, send)
             return
         if self._num_calls >= self._limits.max_calls:
@@ -88,12 +90,12 @@ class Gate:
         finally:
             self._num_calls -= 1
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, method: str, path: str, headers: Headers) -> None:
         """Raises Problem for a request that must not come in."""
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             # A page from elsewhere, whose name leads here, must not ask in its reader's name.
             raise Problem(403, "this server is not called by that name", "host_not_allowed")
-        if self._key is None or path in OPEN_PATHS:
+        if self._key is None or (path in OPEN_PATHS and method in _READING):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key):

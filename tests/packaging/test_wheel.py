@@ -72,6 +72,7 @@ def test_wheel_holds_our_packages_the_model_and_nothing_else(wheel: Path) -> Non
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert "svcli_engines/plugins/kernels.cu" in names
     assert f"{MODEL}/manifest.json" in names
+    assert {f"svcli/server/page/{name}" for name in ("index.html", "page.css", "page.js")} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

@@ -75,11 +75,11 @@ class Inside:
     served: Served
     metrics: Metrics
 
-    def post(self, body: Any, **options: Any) -> httpx.Response:
+    def post(self, body: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
         """`body`: bytes, or what is written as JSON."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | options.pop("headers", {})
-        return asyncio.run(self.send("POST", "/v1/chat/completions", content=content, headers=headers, **options))
+        return asyncio.run(self.send("POST", path, content=content, headers=headers, **options))
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return asyncio.run(self.send("GET", path, **options))
