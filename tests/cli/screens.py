@@ -106,12 +106,15 @@ class Conversation:
         return self.until(*words)
 
     def leave(self, keys: str = "") -> int:
-        """The exit code, once it has ended."""
+        """The exit code, once it has ended. Ctrl-D is typed again: none is kept that comes before the prompt."""
         if keys:
             self.type(keys)
-        end = time.monotonic() + _SECONDS
+        typed = start = time.monotonic()
         while self._read():
-            assert time.monotonic() < end, f"it does not end:\n{self.text}"
+            assert time.monotonic() < start + _SECONDS, f"it does not end:\n{self.text}"
+            if keys == "\x04" and time.monotonic() > typed + 1:
+                typed = time.monotonic()
+                self.type(keys)
         self.child.close()
         code: int = self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus
         return code
