@@ -1,4 +1,4 @@
-"""`svcli ask`: a file of questions, answered one after the other."""
+"""`svcli ask`: a file of questions, answered side by side and written in order."""
 
 from __future__ import annotations
 
