@@ -83,9 +83,11 @@ def _versions() -> dict[str, str]:
 
 
 def write_results(results: Mapping[str, Any], path: Path) -> None:
-    """Floats are cut to what was really measured."""
+    """Floats are cut to what was really measured. Stopped in between, the file of before is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(results), indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(_rounded(results), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _rounded(value: Any) -> Any:

@@ -69,6 +69,15 @@ def stale() -> list[str]:
     return [str(document.relative_to(ROOT)) for document, text in texts.items() if filled(text)[0] != text]
 
 
+def write() -> None:
+    """Writes every document, and says what is missing."""
+    for document in DOCUMENTS:
+        text, missing = filled(document.read_text(encoding="utf-8"))
+        document.write_text(text, encoding="utf-8")
+        for what in dict.fromkeys(missing):
+            print(what)
+
+
 def main() -> None:
     """Writes or checks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,11 +86,7 @@ def main() -> None:
         if found := stale():
             raise SystemExit(f"{', '.join(found)}: out of date, run `python -m benchmarks.tables`")
         return
-    for document in DOCUMENTS:
-        text, missing = filled(document.read_text(encoding="utf-8"))
-        document.write_text(text, encoding="utf-8")
-        for what in dict.fromkeys(missing):
-            print(what)
+    write()
 
 
 if __name__ == "__main__":

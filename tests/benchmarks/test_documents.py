@@ -25,6 +25,7 @@ SCRIPTS = (
     "main_plot",
     "main_table",
     "profile",
+    "report",
     "server_faults",
     "serving",
     "smollm2",
