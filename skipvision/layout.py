@@ -91,6 +91,13 @@ class TokenLayout:
 
     segments: tuple[Segment, ...]
     visibility: Visibility = "image"
+    picked: tuple[int, ...] | None = None
+    """Which of the visual rows that are given stand here, in attention order; None: all of them."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where `picked` are not as many as there are visual rows."""
+        if self.picked is not None and len(self.picked) != self.num_visual:
+            raise ValueError(f"{len(self.picked)} rows are picked for {self.num_visual} visual rows")
 
     @staticmethod
     def of(
@@ -134,6 +141,10 @@ class TokenLayout:
         return np.array([kind for run in runs for kind in run], dtype=np.int64)
 
     @property
+    def num_visual(self) -> int:
+        return sum(image.length for image in self.images)
+
+    @property
     def num_skipped(self) -> int:
         return sum(image.num_skipped for image in self.images)
 
@@ -161,8 +172,10 @@ class TokenLayout:
                 table.append(np.arange(next_visual, next_visual + segment.length))
                 next_id += 1
                 next_visual += segment.length
-        attention_order = np.concatenate(table) if table else np.zeros(0, dtype=np.int64)
-        return attention_order.astype(np.int64)[self.positions]
+        attention_order = np.concatenate(table).astype(np.int64) if table else np.zeros(0, dtype=np.int64)
+        if self.picked is not None:
+            attention_order[self.kinds != TEXT] = self.num_ids + np.array(self.picked, dtype=np.int64)
+        return attention_order[self.positions]
 
     @cached_property
     def visible_until(self) -> Ints:

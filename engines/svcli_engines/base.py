@@ -150,8 +150,8 @@ def together(pictures: Sequence[Visual]) -> Visual | None:
 def check_prefill(layout: TokenLayout, visual: Visual | None, capacity: int, length: int = 0) -> None:
     """Raises EngineError where `layout` does not fit behind `length` rows of the cache, or the pictures given."""
     given = 0 if visual is None else visual.rows.shape[0] * visual.rows.shape[1]
-    wanted = sum(image.length for image in layout.images)
-    if given != wanted:
+    wanted = layout.num_visual if layout.picked is None else max(layout.picked, default=-1) + 1
+    if given < wanted or (layout.picked is None and given != wanted):
         raise EngineError(f"the prompt has pictures of {wanted} rows and {given} rows were given")
     if not 0 < layout.num_kept <= capacity - length:
         behind = f" behind {length}" if length else ""
