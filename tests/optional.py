@@ -17,6 +17,9 @@ OPTIONAL = {
         "no C++ compiler or no Python.h for torch.compile, or torch in a path with a space, which it cannot compile in:"
         " compiled decoding was not checked"
     ),
+    "lmms-eval": (
+        "no lmms-eval (pip install lmms-eval): the model for it was checked against a stand-in of its interface only"
+    ),
     "nvrtc": 'no NVRTC (pip install "nvidia-cuda-nvrtc>=13.0,<13.1"): no PTX was compiled',
     "tensorrt": (
         "SVCLI_TENSORRT_WHEELS is not set to a folder with tensorrt-cu13-bindings and tensorrt-lean-cu13-libs"

@@ -24,7 +24,7 @@ from svcli.engines import EngineName, open_engine
 from svcli.errors import UsageError
 from svcli.evaluation.asker import Said
 from svcli_engines.answer import timed
-from svcli_engines.base import EngineError, Visual, together
+from svcli_engines.base import EngineError, Logits, Visual, together
 from svcli_engines.pictures import Picture, VisualCache
 from svcli_engines.processor import Processor
 from svcli_engines.question import Question
@@ -80,33 +80,43 @@ class BundleAsker:
 
     def answer(self, question: str, images: Sequence[Image.Image], max_new_tokens: int) -> Said:
         """As Asker says."""
-        shown = () if self._kind == BLIND else images
-        asked = Question(self.processor, [Message("user", question, images=len(shown))], shown)
-        encoded, vision_seconds = timed(
-            self._engine, lambda: [self._visuals.rows(each, self._engine.encode) for each in asked.pictures]
-        )
-        left = self._left(asked, encoded)
-        ids = asked.prompt.ids
-        logits, seconds = timed(self._engine, lambda: self._engine.prefill(ids, left.visual, left.layout))
-        rows = self._engine.length
-        turn = Turn(self.processor, Sampling(max_new_tokens=max_new_tokens))
-        text = turn.take(logits, is_full=rows == self._engine.capacity).text
+        return self.ask(question, images, Sampling(max_new_tokens=max_new_tokens))
+
+    def ask(self, question: str, images: Sequence[Image.Image], sampling: Sampling) -> Said:
+        """An answer that is drawn as `sampling` says. Raises PromptError, EngineError."""
+        shown, logits, seconds = self._prefill(question, images)
+        engine = self._engine
+        rows = engine.length
+        turn = Turn(self.processor, sampling)
+        text = turn.take(logits, is_full=rows == engine.capacity).text
         while turn.stop_reason is None:
-            logits = self._engine.extend([turn.ids[-1]])
-            text += turn.take(logits, is_full=self._engine.length == self._engine.capacity).text
-        cost = prompt_cost(self._config, left.layout)
-        decoding = sum(decode_flops(self._config.text, rows + number) for number in range(self._engine.length - rows))
+            logits = engine.extend([turn.ids[-1]])
+            text += turn.take(logits, is_full=engine.length == engine.capacity).text
+        cost = prompt_cost(self._config, shown.layout)
+        decoding = sum(decode_flops(self._config.text, rows + number) for number in range(engine.length - rows))
         return Said(
             text=text,
-            visual_tokens=left.layout.num_visual,
+            visual_tokens=shown.layout.num_visual,
             cached_rows=rows,
             flops=cost.vision_flops + cost.prefill_flops + decoding,
-            first_token=vision_seconds + seconds,
-            retained=left.retained,
+            first_token=seconds,
+            retained=shown.retained,
         )
 
     def close(self) -> None:
         self._engine.close()
+
+    def _prefill(self, question: str, images: Sequence[Image.Image]) -> tuple[_Shown, Logits, float]:
+        """What is shown, the logits [vocab] behind the question, and the seconds from pixels to them."""
+        shown = () if self._kind == BLIND else images
+        asked = Question(self.processor, [Message("user", question, images=len(shown))], shown)
+        engine = self._engine
+        encoded, vision_seconds = timed(
+            engine, lambda: [self._visuals.rows(each, engine.encode) for each in asked.pictures]
+        )
+        left = self._left(asked, encoded)
+        logits, seconds = timed(engine, lambda: engine.prefill(asked.prompt.ids, left.visual, left.layout))
+        return left, logits, vision_seconds + seconds
 
     def _left(self, asked: Question, encoded: Sequence[Visual]) -> _Shown:
         layout, visual = asked.prompt.layout, together(encoded)
