@@ -13,6 +13,7 @@ from svcli.commands.chat import chat
 from svcli.commands.cost import cost
 from svcli.commands.data import check, fetch
 from svcli.commands.doctor import doctor
+from svcli.commands.eval import evaluate
 from svcli.commands.export import export
 from svcli.commands.inspect import inspect
 from svcli.commands.new import new
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 for command in (chat, ask, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
+app.command("eval")(reported(evaluate))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
 data.command()(reported(check))
 data.command()(reported(fetch))
@@ -61,7 +63,7 @@ def main(
                 ("svcli inspect", "what the bundled model is made of"),
                 (
                     "svcli --help",
-                    "the rest: ask, serve, cost, profile, verify, doctor, export, build-engine, train, new, data",
+                    "the rest: ask, serve, eval, cost, profile, verify, doctor, export, build-engine, train, new, data",
                 ),
             ],
         )

@@ -35,6 +35,7 @@ _PACKAGES = ("skipvision", "svcli_export", "svcli_engines", "svcli")
 _USERS_INPUT = frozenset(
     {
         "BuildOptionError",
+        "AskerError",
         "ChatError",
         "ConfigError",
         "ContractError",
@@ -46,7 +47,9 @@ _USERS_INPUT = frozenset(
         "NoVariantError",
         "ProfileError",
         "PromptError",
+        "ResultsError",
         "SamplingError",
+        "TaskError",
         "UsageError",
     }
 )

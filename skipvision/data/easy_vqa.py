@@ -19,9 +19,15 @@ _SHAPES = ("circle", "rectangle", "triangle")
 
 
 def load(root: Path, split: Literal["train", "test"]) -> Iterator[tuple[Image.Image, list[Question]]]:
-    """Yield each 64x64 picture of the fetched wheel with the questions about it.
+    """Yield each 64x64 picture of the fetched wheel with the questions about it."""
+    for _, data, asked in files(root, split):
+        yield Image.open(io.BytesIO(data)).convert("RGB"), asked
 
-    Questions such as "is there not a red shape?" are answered as they are worded.
+
+def files(root: Path, split: Literal["train", "test"]) -> Iterator[tuple[int, bytes, list[Question]]]:
+    """Yield the number of each picture, its PNG file, and the questions about it.
+
+    Questions such as "is there not a red shape?" are answered as they are worded. Raises DataError without the wheel.
     """
     with ZipFile(EASY_VQA.archive(root)) as wheel:
         folder = f"easy_vqa/data/{split}"
@@ -31,8 +37,7 @@ def load(root: Path, split: Literal["train", "test"]) -> Iterator[tuple[Image.Im
             question = Question("easy_vqa", text, sentence(answer), answer)
             asked.setdefault(picture, []).append(question)
         for picture in sorted(asked):
-            image = Image.open(io.BytesIO(wheel.read(f"{folder}/images/{picture}.png")))
-            yield image.convert("RGB"), asked[picture]
+            yield picture, wheel.read(f"{folder}/images/{picture}.png"), asked[picture]
 
 
 def sentence(answer: str) -> str:

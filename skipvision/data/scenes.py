@@ -12,10 +12,11 @@ from PIL import Image, ImageDraw
 from skipvision.data.assets import Assets
 from skipvision.data.backgrounds import paint_background
 from skipvision.data.canvas import Canvas, Item
-from skipvision.data.plans import compose
+from skipvision.data.kinds import KINDS
+from skipvision.data.plans import Composer, compose
 from skipvision.data.split import SPLITS, Split
 
-__all__ = ["Item", "Scene", "render"]
+__all__ = ["Item", "Scene", "render", "render_shapes"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,21 @@ def render(assets: Assets, seed: int, split: Split) -> Scene:
     _paint_borders(image, frame, rng)
     if rng.random() < 0.5:
         image = _recompressed(image, int(rng.integers(40, 96)))
+    return _scene(canvas, image, tuple(assets.cutouts_for(split)))
+
+
+def render_shapes(seed: int) -> Scene:
+    """Return a picture of shapes alone, which needs no assets; the same one each time, and none of any split."""
+    rng = np.random.default_rng((len(SPLITS), seed))
+    canvas = Canvas(paint_background(rng), (0, 0, 224, 224))
+    composer = Composer(canvas, Assets((), (), (), ()), "test", rng)
+    while not canvas.items:
+        composer.coloured_shapes()
+    return _scene(canvas, canvas.image, tuple(kind.name for kind in KINDS))
+
+
+def _scene(canvas: Canvas, image: Image.Image, kinds: tuple[str, ...]) -> Scene:
     labels, colours, cover = canvas.patch_maps()
-    kinds = tuple(assets.cutouts_for(split))
     return Scene(image, tuple(canvas.items), labels, colours, cover, kinds)
 
 

@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from svcli.engines import EngineName
-from svcli.evaluation.askers import BundleAsker
+from svcli.evaluation.askers import BundleAsker, own_name
 from svcli.settings import bundled_model
 from svcli_engines.base import EngineError
 from svcli_engines.processor import PromptError
@@ -53,8 +53,7 @@ class Svcli(lmms):  # type: ignore[misc]
         del batch_size, max_batch_size, device
         folder = Path(bundle) if bundle else bundled_model()
         manifest = load_manifest(folder)
-        name = asker or ("dense" if manifest.config.skip is None else "skipped")
-        self.asker = BundleAsker(name, folder, manifest, EngineName(engine), threads)
+        self.asker = BundleAsker(asker or own_name(manifest), folder, manifest, EngineName(engine), threads)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """An answer to each; an empty one, and a warning, where a question cannot be asked."""

@@ -45,6 +45,7 @@ COMMANDS = (
     "build-engine",
     "train",
     "new",
+    "eval",
     "data",
 )
 

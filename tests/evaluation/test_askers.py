@@ -16,9 +16,8 @@ from skipvision.checkpoint import load_checkpoint
 from skipvision.cost import prompt_cost
 from skipvision.layout import ImageSpan, TokenLayout
 from svcli.engines import EngineName
-from svcli.errors import UsageError
 from svcli.evaluation.asker import Said
-from svcli.evaluation.askers import BundleAsker, names
+from svcli.evaluation.askers import BASELINES, AskerError, BundleAsker, full_name, own_name
 from svcli_engines.base import EngineError, Logits, Visual, check_prefill
 from svcli_engines.question import Question
 from svcli_engines.torch_engine import TorchEngine
@@ -61,11 +60,13 @@ def said_by(name: str, bundle: Path, pictures: list[Image.Image], engine: Engine
         asker.close()
 
 
-def test_a_bundle_names_the_baselines_that_it_can_run(manifest: Manifest) -> None:
+def names(manifest: Manifest) -> list[str]:
+    return [own_name(manifest), *(full_name(name, manifest) for name in BASELINES)]
+
+
+def test_baselines_leave_as_many_rows_as_the_bundle_keeps(manifest: Manifest) -> None:
     # 16 tokens of a picture, of which 4 are retained beside 2 summaries.
-    assert names(manifest) == ("skipped", "dense", "random:6", "pool:4", "blind")
-    assert names(manifest.variant("dense")) == ("dense", "blind")
-    assert names(manifest.model_copy(update={"variant_table": {}})) == ("skipped", "blind")
+    assert names(manifest) == ["skipped", "dense", "random:6", "pool:4", "blind"]
 
 
 def by_hand(
@@ -178,23 +179,34 @@ def test_a_blind_answer_does_not_depend_on_the_picture(bundle: Path, pictures: l
     ("name", "sentence"),
     [
         ("pool:5", "a square number of rows, such as 4"),
-        ("random", "write random:N"),
-        ("random:0", "write random:N"),
+        ("random:0", "a picture has 16 visual tokens"),
         ("random:17", "a picture has 16 visual tokens"),
-        ("what-is-this", "has no variant 'what-is-this'"),
+        ("random:x", "choose among skipped, dense, random, pool, blind"),
+        ("44-69", "choose among skipped, dense, random, pool, blind"),
     ],
 )
 def test_an_asker_that_is_not_there(name: str, sentence: str, bundle: Path, manifest: Manifest) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(AskerError, match=sentence):
         BundleAsker(name, bundle, manifest)
+
+
+def test_without_dense_graphs_there_are_no_baselines_but_blind(manifest: Manifest) -> None:
+    alone = manifest.model_copy(update={"variant_table": {}})
+    for name in ("dense", "random", "pool:4"):
+        with pytest.raises(AskerError, match="`svcli export --variant dense` adds them"):
+            full_name(name, alone)
+    assert full_name("blind", alone) == "blind"
 
 
 def test_a_plain_bundle_is_called_dense(checkpoint: Path, tmp_path: Path, pictures: list[Image.Image]) -> None:
     export_bundle(checkpoint, tmp_path / "plain", precision="fp32", max_context=96, skip="off")
     plain = load_manifest(tmp_path / "plain")
-    with pytest.raises(UsageError, match="called `dense`"):
-        BundleAsker("skipped", tmp_path / "plain", plain)
+    assert own_name(plain) == "dense"
+    for name, sentence in (("skipped", "choose among dense"), ("random", "say how many rows are left: random:N")):
+        with pytest.raises(AskerError, match=sentence):
+            full_name(name, plain)
     assert said_by("dense", tmp_path / "plain", pictures[:1]).visual_tokens == 16
+    assert said_by("pool:4", tmp_path / "plain", pictures[:1]).visual_tokens == 4
 
 
 @given(st.lists(st.integers(1, 5) | st.none(), min_size=1, max_size=6), st.integers(1, 4))

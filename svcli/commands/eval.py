@@ -1,0 +1,224 @@
+"""`svcli eval`: what a bundle scores on a task, beside the baselines that keep its score honest."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from svcli import ui
+from svcli.engines import EngineName
+from svcli.errors import FAILURE, UsageError
+from svcli.settings import bundled_model
+
+if TYPE_CHECKING:
+    from svcli.evaluation.report import Report
+    from svcli.evaluation.task import Task
+
+_DEFAULT_OUT = Path("eval")
+
+
+def evaluate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BUNDLE] TASK", show_default=False, help="The bundled model if left out; --list has the tasks."
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Files of the task; --list says which.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="The task's first if left out.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N items alone.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Part I, from 0 on, of N; other processes take the others.")
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Asked beside the bundle, with commas between; all that it allows if left out, or none.",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Ask these alone, such as skipped or dense.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Results; goes on where they end. eval/BUNDLE/TASK-SPLIT."),
+    ] = None,
+    merge: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Ask nothing: what the results in FOLDER say, of all shards.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="PAGE", help="Wrong answers with their pictures, as one HTML file.")
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
+    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="The tasks: where their files come from, and which they need.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where there are results.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False,
+) -> None:
+    """Score a bundle on a task, with an interval, beside dense graphs and other baselines.
+
+    Every answer is written down when it is there. Killed and started again, it goes on behind the last one.
+    """
+    if listed:
+        _list(as_json)
+        return
+    if merge is not None:
+        if words or shard or only or baselines or out:
+            raise UsageError("--merge asks nothing: it goes with --data, --html and --json alone")
+        _merge(merge, data, html, as_json)
+        return
+    if only is not None and baselines is not None:
+        raise UsageError("--only and --baselines: name what is asked with one of them")
+    if not words or len(words) > 2:
+        raise UsageError("name a task: svcli eval [BUNDLE] TASK; `svcli eval --list` has them")
+    from svcli.evaluation.run import Shard
+    from svcli.evaluation.session import Session
+
+    task = _task(words[-1])
+    bundle = Path(words[0]) if len(words) == 2 else bundled_model()
+    split = _split(task, split)
+    place = "-".join([task.name, split, *([f"first{limit}"] if limit else [])])
+    work = Session(
+        bundle=bundle,
+        task=task,
+        folder=_folder(task, data),
+        split=split,
+        limit=limit,
+        shard=Shard(*_shard(shard)),
+        engine=engine,
+        threads=threads,
+        out=out or _DEFAULT_OUT / bundle.resolve().name / place,
+        overwrite=overwrite,
+        is_quiet=quiet,
+    )
+    report = work.run(only=_names(only), baselines=_names(baselines))
+    _end(report, work.out, work.folder, bundle, html, as_json)
+
+
+def _end(report: Report, out: Path, folder: Path, bundle: Path | None, html: Path | None, as_json: bool) -> None:
+    if html is not None:
+        from svcli.evaluation.page import write_page
+
+        write_page(html, report, folder, bundle)
+        ui.note(f"wrong answers: {html}")
+    if as_json:
+        ui.show(json.dumps(report.told() | {"results": str(out)}, indent=2))
+    else:
+        _render(report, out)
+    if all(each.num_failed == len(each.lines) for each in report.answers):
+        ui.error(f'nothing could be asked; "error" in the files of {out} says why')
+        raise typer.Exit(FAILURE)
+
+
+def _merge(folder: Path, data: Path | None, html: Path | None, as_json: bool) -> None:
+    from svcli.evaluation.collect import collect, told
+
+    report, known = collect(folder), told(folder)
+    bundle = Path(known.get("bundle", ""))
+    _end(report, folder, data or Path(known.get("data", "")), bundle if bundle.is_dir() else None, html, as_json)
+
+
+def _render(report: Report, out: Path) -> None:
+    from svcli.evaluation.report import figure
+
+    def said(value: float | None) -> str:
+        return "-" if value is None else figure(value)
+
+    rows = []
+    for each in report.answers:
+        interval, above = each.interval, report.to_dense.get(each.name)
+        around = "" if interval is None else f" ({figure(interval.low)} to {figure(interval.high)})"
+        rows.append(
+            (
+                each.name,
+                f"{figure(each.sample.value)}{around}",
+                "" if above is None else f"{above.value:+.3g} ({figure(above.low)} to {figure(above.high)})",
+                f"{len(each.lines):,}",
+                _count(each.mean("visual_tokens")),
+                _count(each.mean("cached_rows")),
+                "-" if (flops := each.mean("flops")) is None else ui.flops(flops),
+                "-" if each.first_token is None else ui.duration(each.first_token),
+            )
+        )
+    columns = ("", report.task.metric, "over dense", "items", "visual tokens", "KV rows", "FLOPs", "first token")
+    ui.table(f"{report.task.title}, {report.split}", columns, rows)
+    others = dict.fromkeys(name for each in report.answers for name in each.others)
+    groups = dict.fromkeys(name for each in report.answers for name in each.groups)
+    more = [(name, *(said(each.others.get(name)) for each in report.answers)) for name in others]
+    more += [(name, *(said(each.groups.get(name)) for each in report.answers)) for name in groups]
+    if more:
+        ui.table("", ("", *(each.name for each in report.answers)), more)
+    for sentence in report.sentences():
+        ui.show(sentence)
+    if methods := sorted({each.interval.method for each in report.answers if each.interval is not None}):
+        ui.show(
+            f"Intervals: 95 %, {' and '.join(methods)}; of differences, on the same items, by bootstrap over pictures."
+        )
+    ui.show(f"Results: {out}")
+
+
+def _count(mean: float | None) -> str:
+    return "-" if mean is None else f"{mean:.0f}"
+
+
+def _list(as_json: bool) -> None:
+    from svcli.evaluation.tasks.registry import TASKS
+
+    if as_json:
+        facts = ("name", "title", "source", "layout", "splits", "metric")
+        ui.show(json.dumps([{fact: getattr(task, fact) for fact in facts} for task in TASKS.values()], indent=2))
+        return
+    for task in TASKS.values():
+        ui.pairs(
+            f"{task.name}: {task.title}",
+            [
+                ("from", task.source),
+                ("needs", task.layout),
+                ("splits", ", ".join(task.splits)),
+                ("metric", task.metric),
+            ],
+        )
+
+
+def _task(name: str) -> Task:
+    from svcli.evaluation.tasks.registry import TASKS
+
+    if name not in TASKS:
+        raise UsageError(f"{name}: no such task; choose among {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def _split(task: Task, name: str | None) -> str:
+    if name is not None and name not in task.splits:
+        raise UsageError(f"--split {name}: {task.name} has {', '.join(task.splits)}")
+    return name or task.splits[0]
+
+
+def _folder(task: Task, data: Path | None) -> Path:
+    from svcli.evaluation.tasks.registry import FETCHED
+
+    if data is None and task.name not in FETCHED:
+        raise UsageError(f"--data FOLDER: {task.name} needs its files, {task.layout}")
+    return data or FETCHED[task.name]
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text or "0/1")
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UsageError(f"--shard {text}: write I/N, I from 0 to N - 1, such as 0/4")
+    return int(found[1]), int(found[2])
+
+
+def _names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return [] if names == ["none"] else names

@@ -1,0 +1,60 @@
+"""All results of a folder, of every asker and shard, as one report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from svcli.evaluation.askers import BASELINES
+from svcli.evaluation.report import Report
+from svcli.evaluation.results import Header, Line, ResultsError, difference, read
+from svcli.evaluation.run import Shard
+from svcli.evaluation.tasks.registry import TASKS
+
+
+def results_path(folder: Path, asker: str, shard: Shard) -> Path:
+    """Where an asker's answers to a shard are."""
+    part = f".{shard.number}-of-{shard.count}" if shard.count > 1 else ""
+    return folder / f"{asker.replace(':', '-')}{part}.jsonl"
+
+
+def check_neighbours(folder: Path, header: Header, own: Collection[Path]) -> None:
+    """Raises ResultsError where files of the folder beside one's `own` are of another run."""
+    for path, other, _ in _read(folder, own):
+        if other.run != header.run:
+            raise ResultsError(f"{path}: {difference(other.run, header.run)}; choose another --out, or remove it")
+
+
+def collect(folder: Path) -> Report:
+    """What the folder's results say. Raises ResultsError where there are none, or of several runs."""
+    found = _read(folder)
+    if not found:
+        raise ResultsError(f"{folder}: holds no results of svcli eval")
+    (path, header, _), answers = found[0], dict[str, dict[str, Line]]()
+    for other, each, _ in found:
+        if each.run != header.run:
+            raise ResultsError(f"{other} and {path} are of different runs; give each a folder of its own")
+    if header.task not in TASKS:
+        raise ResultsError(f"{path}: of the task {header.task}, which this version of svcli does not have")
+    for _, each, lines in found:
+        # Shards of different counts overlap.
+        answers.setdefault(each.asker, {}).update((line.item.id, line) for line in lines)
+    kinds = [name.partition(":")[0] for name in BASELINES]
+    order = sorted(answers, key=lambda name: (_place(name, kinds), name))
+    by_asker = {name: list(answers[name].values()) for name in order}
+    return Report.of(TASKS[header.task], header.split, by_asker, header.num_all)
+
+
+def told(folder: Path) -> dict[str, str]:
+    """What the first file says of where its answers come from."""
+    return next((header.told for _, header, _ in _read(folder)), {})
+
+
+def _place(name: str, kinds: list[str]) -> int:
+    kind = name.partition(":")[0]
+    return kinds.index(kind) + 1 if kind in kinds else 0
+
+
+def _read(folder: Path, but: Collection[Path] = ()) -> list[tuple[Path, Header, list[Line]]]:
+    found = ((path, read(path)) for path in sorted(folder.glob("*.jsonl")) if path not in but)
+    return [(path, *held) for path, held in found if held is not None]
