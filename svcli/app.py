@@ -19,6 +19,7 @@ from svcli.commands.inspect import inspect
 from svcli.commands.new import new
 from svcli.commands.profile import profile
 from svcli.commands.serve import serve
+from svcli.commands.sweep import sweep
 from svcli.commands.train import train
 from svcli.commands.verify import verify
 from svcli.errors import reported
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, ask, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
+for command in (chat, ask, serve, sweep, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
     app.command()(reported(command))
 app.command("eval")(reported(evaluate))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
@@ -63,7 +64,7 @@ def main(
                 ("svcli inspect", "what the bundled model is made of"),
                 (
                     "svcli --help",
-                    "the rest: ask, serve, eval, cost, profile, verify, doctor, export, build-engine, train, new, data",
+                    "all commands: answering, measuring, exporting and training",
                 ),
             ],
         )

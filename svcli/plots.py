@@ -1,4 +1,4 @@
-"""Figures of a profile and of a training run as PNG. The only file that knows matplotlib."""
+"""Figures of a profile, a training run and a sweep as PNG. The only file that knows matplotlib."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from skipvision.profile import Floats, Spread
+    from svcli.evaluation.sweep import Point
     from svcli.training.facts import History
 
 _DPI = 150
@@ -28,6 +29,8 @@ _GROUP_STYLES: dict[str, dict[str, str]] = {
     "summary": {"color": "#009E73", "marker": "D"},
     "skipped": {"color": "#D55E00", "marker": "^"},
 }
+_SETTING_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_SETTING_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _HATCHES = {"text": "", "retained": "///", "summary": "...", "skipped": "\\\\\\"}
 _ERROR_STYLES: dict[str, dict[str, str]] = {
     "relative_error_kept": {"label": "error of kept rows", "color": "#0072B2", "marker": "s"},
@@ -102,6 +105,42 @@ def draw_losses(path: Path, history: History, title: str) -> None:
         for mine, theirs in zip(axes.get_legend_handles_labels(), rates.get_legend_handles_labels(), strict=True)
     )
     axes.legend(handles, labels, fontsize="small", loc="upper right")
+    figure.suptitle(_in_font(title), parse_math=False, fontsize="medium")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    _write(path, image.getvalue())
+
+
+def draw_sweep(path: Path, points: Sequence[Point], chosen: str, title: str, metric: str) -> None:
+    """Figures of a task against visual tokens, FLOPs and time to first token, with their intervals and the front, in
+    one move. Raises OSError where that fails, ModuleNotFoundError without matplotlib."""
+    from svcli.evaluation.sweep import front
+
+    costs: list[tuple[str, Callable[[Point], float | None]]] = [
+        ("visual tokens in prefill", lambda point: point.visual_tokens),
+        ("FLOPs of an answer, in 10⁹", lambda point: point.flops / 1e9),
+        ("first token, ms", lambda point: None if point.first_token is None else 1e3 * point.first_token),
+    ]
+    shown = [(label, cost) for label, cost in costs if all(cost(point) is not None for point in points)]
+    figure = _new_figure()
+    best = {point.setting for point in front(points)}
+    for panel, (label, cost) in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+        ordered = sorted((cost(point) or 0.0, point.figure) for point in points if point.setting in best)
+        panel.plot(*zip(*ordered, strict=True), color="#999999", linewidth=1, label="the front", zorder=0)
+        for number, point in enumerate(points):
+            around = point.interval
+            errors = None if around is None else [[point.figure - around.low], [around.high - point.figure]]
+            style = {"color": _SETTING_COLOURS[number % 7], "fmt": _SETTING_MARKERS[number % 8], "markersize": 6}
+            panel.errorbar([cost(point) or 0.0], [point.figure], yerr=errors, capsize=3, label=point.setting, **style)
+            if point.setting == chosen:
+                ring = {"s": 160, "facecolors": "none", "edgecolors": "#000000", "label": "chosen"}
+                panel.scatter([cost(point) or 0.0], [point.figure], **ring)
+        panel.set_xlabel(label)
+        panel.margins(x=0.15)
+        panel.grid(alpha=0.3)
+    legend = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=8, fontsize="small")
+    figure.axes[0].set_ylabel(_in_font(metric), parse_math=False)
     figure.suptitle(_in_font(title), parse_math=False, fontsize="medium")
     image = io.BytesIO()
     figure.savefig(image, format="png")

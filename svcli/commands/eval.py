@@ -82,14 +82,14 @@ def evaluate(
     from svcli.evaluation.run import Shard
     from svcli.evaluation.session import Session
 
-    task = _task(words[-1])
+    task = named_task(words[-1])
     bundle = Path(words[0]) if len(words) == 2 else bundled_model()
-    split = _split(task, split)
+    split = task_split(task, split)
     place = "-".join([task.name, split, *([f"first{limit}"] if limit else [])])
     work = Session(
         bundle=bundle,
         task=task,
-        folder=_folder(task, data),
+        folder=task_folder(task, data),
         split=split,
         limit=limit,
         shard=Shard(*_shard(shard)),
@@ -188,7 +188,8 @@ def _list(as_json: bool) -> None:
         )
 
 
-def _task(name: str) -> Task:
+def named_task(name: str) -> Task:
+    """Raises UsageError where there is none."""
     from svcli.evaluation.tasks.registry import TASKS
 
     if name not in TASKS:
@@ -196,13 +197,15 @@ def _task(name: str) -> Task:
     return TASKS[name]
 
 
-def _split(task: Task, name: str | None) -> str:
+def task_split(task: Task, name: str | None) -> str:
+    """`name`, or the task's first. Raises UsageError."""
     if name is not None and name not in task.splits:
         raise UsageError(f"--split {name}: {task.name} has {', '.join(task.splits)}")
     return name or task.splits[0]
 
 
-def _folder(task: Task, data: Path | None) -> Path:
+def task_folder(task: Task, data: Path | None) -> Path:
+    """Where the files of a task are. Raises UsageError where that must be said."""
     from svcli.evaluation.tasks.registry import FETCHED
 
     if data is None and task.name not in FETCHED:

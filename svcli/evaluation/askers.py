@@ -107,8 +107,13 @@ class BundleAsker:
         manifest: Manifest,
         engine: EngineName = EngineName.ONNXRUNTIME,
         threads: int | None = None,
+        *,
+        keeps_pictures: bool = True,
     ) -> None:
-        """`name` as for `full_name`. Raises AskerError, NoVariantError, or what opening the engine does."""
+        """`name` as for `full_name`; `keeps_pictures`: one that comes again is not encoded again.
+
+        Raises AskerError, NoVariantError, or what opening the engine does.
+        """
         self.name = full_name(name, manifest)
         kind, _, count = self.name.partition(":")
         self._kind: _Kind = kind if kind in ("random", "pool", "blind") else "all"  # type: ignore[assignment]
@@ -123,7 +128,7 @@ class BundleAsker:
         """Of the graphs that answer."""
         self._config = graphs.config
         self._engine = open_engine(engine, bundle, graphs, threads=threads)
-        self._visuals = VisualCache()
+        self._visuals = VisualCache() if keeps_pictures else VisualCache(0)
         self._pictures: tuple[Picture, ...] = ()
 
     def answer(self, question: str, images: Sequence[Image.Image], max_new_tokens: int) -> Said:
@@ -173,7 +178,7 @@ class BundleAsker:
             return _Shown(visual, layout, tuple(map(self._retained, asked.pictures, encoded)))
         views, tokens, _ = visual.rows.shape
         places: Ints = np.tile(np.arange(self._count), (views, 1))
-        retained = tuple(() for _ in encoded)
+        retained: tuple[tuple[int, ...], ...] = tuple(() for _ in encoded)
         if self._kind == "random":
             drawn = [
                 _drawn(picture, len(seen.rows), tokens, self._count)

@@ -46,6 +46,7 @@ COMMANDS = (
     "train",
     "new",
     "eval",
+    "sweep",
     "data",
 )
 

@@ -1,0 +1,182 @@
+"""One model at several skip settings: what each scores and takes, and the one to choose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from skipvision.pictures import open_image
+from svcli.engines import EngineName
+from svcli.evaluation.askers import BLIND, BundleAsker, own_name
+from svcli.evaluation.intervals import Interval
+from svcli.evaluation.report import Report
+from svcli.evaluation.run import Work
+from svcli_export.manifest import DENSE, Manifest, setting_text
+
+_WARM_UP = 1
+"""Rounds that do not count."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting."""
+
+    setting: str
+    """As users write it: `44/69`, or `off`."""
+    asker: str
+    figure: float
+    """In the unit of the task's metric."""
+    interval: Interval | None
+    over_dense: Interval | None
+    """On the same items; None of dense graphs themselves."""
+    visual_tokens: float
+    """Means over items."""
+    cached_rows: float
+    flops: float
+    first_token: float | None
+    """Median seconds, from pixels on, all settings in turn; None where it was not measured."""
+    is_trained: bool
+    """Whether the model was trained with this setting."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The setting to choose, and why."""
+
+    setting: str
+    reason: str
+
+
+def points(report: Report, manifest: Manifest, first_tokens: dict[str, float]) -> tuple[Point, ...]:
+    """Of all answers of a report but the blind ones, fewest FLOPs first."""
+    found = []
+    for each in report.answers:
+        if each.name == BLIND:
+            continue
+        own = manifest if each.name == own_name(manifest) else manifest.variant(each.name)
+        found.append(
+            Point(
+                setting=setting_text(own.config.skip),
+                asker=each.name,
+                figure=each.sample.value,
+                interval=each.interval,
+                over_dense=report.to_dense.get(each.name),
+                visual_tokens=each.mean("visual_tokens") or 0.0,
+                cached_rows=each.mean("cached_rows") or 0.0,
+                flops=each.mean("flops") or 0.0,
+                first_token=first_tokens.get(each.name),
+                # Variants are other settings of the same weights.
+                is_trained=own is manifest and (own.config.skip is None or own.config.skip_trained),
+            )
+        )
+    return tuple(sorted(found, key=lambda point: (point.flops, -point.figure)))
+
+
+def front(found: Sequence[Point]) -> tuple[Point, ...]:
+    """Those that no other beats: none scores as much with fewer FLOPs. `found` as `points` gives them."""
+    best, kept = float("-inf"), []
+    for point in found:
+        if point.figure > best:
+            best = point.figure
+            kept.append(point)
+    return tuple(kept)
+
+
+def choose(found: Sequence[Point], within: float, metric: str) -> Choice:
+    """The fewest FLOPs among the settings whose figure is no more than `within`, a share, below the best one.
+
+    Says so where the interval around the difference to dense graphs reaches further down than that.
+    """
+    best = max(found, key=lambda point: point.figure)
+    least = best.figure - within * abs(best.figure)
+    chosen = next(point for point in found if point.figure >= least)
+    reason = f"it has the fewest FLOPs of those within {within:.1%} of the best {metric}"
+    if chosen is not best:
+        reason += f", {chosen.figure:.4g} to {best.figure:.4g} of {_named(best)}"
+    dense = next((point for point in found if point.asker == DENSE), None)
+    if dense is not None and chosen is not dense:
+        reason += f", {chosen.flops / dense.flops:.0%} of those of dense"
+        over = chosen.over_dense
+        if over is not None and over.low < -within * abs(dense.figure):
+            reason += (
+                f"; so few items leave open that it is {abs(over.low):.3g} below dense: ask more of them before you"
+                " rely on it"
+            )
+    if not chosen.is_trained:
+        reason += "; the model was not trained with it, so train it with this setting and look again"
+    return Choice(chosen.setting, f"{reason}.")
+
+
+def first_tokens(
+    names: Sequence[str],
+    bundle: Path,
+    manifest: Manifest,
+    work: Work,
+    engine: EngineName,
+    threads: int | None,
+    rounds: int,
+) -> dict[str, float]:
+    """Median seconds from pixels to the first token of each, all of them in turn on the same pictures."""
+    items = list(islice((item for item, _ in work.items() if item.pictures), rounds + _WARM_UP))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        askers = []
+        for name in names:
+            askers.append(BundleAsker(name, bundle, manifest, engine, threads, keeps_pictures=False))
+            stack.callback(askers[-1].close)
+        for number in range(rounds + _WARM_UP if items else 0):
+            item = items[number % len(items)]
+            images: list[Image.Image] = [open_image(each, manifest.image.transparency).image for each in item.pictures]
+            for asker in askers if number % 2 else reversed(askers):
+                said = asker.answer(item.question, images, 1)
+                if number >= _WARM_UP:
+                    seconds[asker.name].append(said.first_token)
+    return {name: median(each) for name, each in seconds.items() if each}
+
+
+def remarks(found: Sequence[Point], report: Report) -> list[str]:
+    """What must be known beside: items that could not be asked, and whether the task needs pictures at all."""
+    failed = [each for each in report.answers if each.num_failed]
+    said = [
+        f"{each.name}: {each.num_failed} of {len(each.lines)} could not be asked, and count as wrong."
+        for each in failed
+    ]
+    blind = next((each for each in report.answers if each.name == BLIND), None)
+    if blind is not None:
+        best = max(point.figure for point in found)
+        said.append(f"Without a picture: {blind.sample.value:.4g}, with it at best {best:.4g}.")
+    if not all(point.is_trained for point in found):
+        said.append("Settings that the weights were not trained with score less than they could.")
+    return said
+
+
+def told(found: Sequence[Point], choice: Choice, report: Report) -> dict[str, Any]:
+    """For programs."""
+    return {
+        "task": report.task.name,
+        "split": report.split,
+        "metric": report.task.metric,
+        "settings": [asdict(point) for point in found],
+        "front": [point.setting for point in front(found)],
+        "choice": asdict(choice),
+        "remarks": remarks(found, report),
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """In one move."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _named(point: Point) -> str:
+    return "dense" if point.asker == DENSE else point.setting

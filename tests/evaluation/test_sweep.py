@@ -1,0 +1,161 @@
+"""`svcli sweep`: graphs of every setting, answers to go on with, and a choice by rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from svcli.app import app
+from svcli.engines import EngineName
+from svcli.evaluation.askers import BundleAsker
+from svcli.evaluation.intervals import Interval
+from svcli.evaluation.run import Work
+from svcli.evaluation.sweep import Point, choose, first_tokens, front
+from svcli.evaluation.tasks.registry import TASKS
+from svcli_export.manifest import load_manifest
+from tests.export.tiny import tiny_checkpoint
+
+SHAPES = ("bundled", "--split", "shapes", "--limit", "4", "--rounds", "0", "--threads", "1", "--precision", "fp32")
+
+
+def point(setting: str, figure: float, flops: float, low: float | None = None) -> Point:
+    asker = "dense" if setting == "off" else setting.replace("/", "-")
+    over = None if low is None else Interval(figure - 100, low, 0.0, "bootstrap over pictures")
+    return Point(setting, asker, figure, None, over, 0.0, 0.0, flops, None, True)
+
+
+def sweep(*arguments: str | Path, code: int = 0) -> Result:
+    done = CliRunner().invoke(app, ["sweep", *map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("sweep") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def swept(checkpoint: Path) -> Path:
+    sweep(checkpoint, *SHAPES, "--settings", "2/3,8/4", "-o", checkpoint.with_name("out"))
+    return checkpoint.with_name("out")
+
+
+def test_the_cheapest_of_those_near_the_best_is_chosen() -> None:
+    found = (point("8/4", 60.0, 1.0), point("16/8", 78.9, 2.0), point("32/8", 79.3, 3.0), point("off", 80.0, 4.0))
+    assert choose(found, 0.01, "accuracy").setting == "32/8"
+    assert choose(found, 0.02, "accuracy").setting == "16/8"
+    assert choose(found, 0.0, "accuracy").setting == "off"
+    assert choose(found, 1.0, "accuracy").setting == "8/4"
+    reason = choose(found, 0.01, "accuracy").reason
+    assert "within 1.0% of the best accuracy, 79.3 to 80 of dense, 75% of those of dense" in reason
+
+
+def test_what_few_items_leave_open_is_said() -> None:
+    found = (point("32/8", 99.5, 3.0, low=-6.5), point("off", 100.0, 4.0))
+    assert "leave open that it is 6.5 below dense" in choose(found, 0.01, "accuracy").reason
+    assert "leave open" not in choose((point("32/8", 99.5, 3.0, low=-0.9), found[1]), 0.01, "accuracy").reason
+    untrained = replace(found[0], is_trained=False)
+    assert "the model was not trained with it" in choose((untrained, found[1]), 0.01, "accuracy").reason
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=12))
+def test_nobody_beats_what_is_on_the_front(figures: Sequence[tuple[int, int]]) -> None:
+    found = sorted(
+        (point(f"{number}/1", figure, flops) for number, (figure, flops) in enumerate(figures)),
+        key=lambda each: (each.flops, -each.figure),
+    )
+    kept = front(found)
+
+    def beaten(each: Point) -> bool:
+        return any(
+            other.figure >= each.figure
+            and other.flops <= each.flops
+            and (other.figure, other.flops) != (each.figure, each.flops)
+            for other in found
+        )
+
+    assert all(not beaten(each) for each in kept)
+    values = {(each.figure, each.flops) for each in kept}
+    assert all(beaten(each) or (each.figure, each.flops) in values for each in found)
+
+
+def test_every_setting_is_asked_beside_dense_and_blind(swept: Path) -> None:
+    content = json.loads((swept / "sweep.json").read_text())
+    # The checkpoint's own setting is 4/6, of 16 tokens.
+    assert [each["setting"] for each in content["settings"]] == ["2/3", "4/6", "8/4", "off"]
+    assert [each["visual_tokens"] for each in content["settings"]] == [7, 12, 14, 16]
+    assert [each["is_trained"] for each in content["settings"]] == [False, True, False, False]
+    assert {path.stem for path in (swept / "answers").glob("*.jsonl")} == {"skipped", "2-3", "8-4", "dense", "blind"}
+    assert content["choice"]["setting"] in {each["setting"] for each in content["settings"]}
+    assert any(sentence.startswith("Without a picture: ") for sentence in content["remarks"])
+    with Image.open(swept / "sweep.png") as plot:
+        assert plot.width > 1000
+
+
+def test_it_goes_on_where_it_was(swept: Path, checkpoint: Path) -> None:
+    answers = {path: path.read_bytes() for path in (swept / "answers").glob("*.jsonl")}
+    weights = (swept / "bundle" / "weights.safetensors").stat().st_mtime_ns
+    shown = sweep(checkpoint, *SHAPES, "--settings", "2/3,8/4", "-o", swept)
+    assert "are used as they are" in shown.stderr
+    assert "Choose " in shown.stdout
+    assert {path: path.read_bytes() for path in answers} == answers
+    assert (swept / "bundle" / "weights.safetensors").stat().st_mtime_ns == weights
+    refused = sweep(checkpoint, *SHAPES, "--settings", "5/5", "-o", swept, code=2)
+    assert "has no graphs for 5-5" in refused.stderr
+
+
+def test_a_bundle_that_has_the_graphs_needs_no_export(swept: Path, tmp_path: Path) -> None:
+    told = json.loads(sweep(swept / "bundle", *SHAPES, "-o", tmp_path, "--json").stdout)
+    assert [each["setting"] for each in told["settings"]] == ["2/3", "4/6", "8/4", "off"]
+    assert not (tmp_path / "bundle").exists()
+    some = json.loads(sweep(swept / "bundle", *SHAPES, "--settings", "8/4", "-o", tmp_path / "b", "--json").stdout)
+    assert [each["setting"] for each in some["settings"]] == ["4/6", "8/4", "off"]
+
+
+def test_first_tokens_are_timed_in_turn_and_encode_each_time(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    answer = BundleAsker.answer
+
+    def noted(self: BundleAsker, question: str, images: Sequence[Image.Image], max_new_tokens: int) -> object:
+        said = answer(self, question, images, max_new_tokens)
+        asked.append((self.name, self._visuals.num_misses))
+        return said
+
+    monkeypatch.setattr(BundleAsker, "answer", noted)
+    bundle = swept / "bundle"
+    work = Work(TASKS["bundled"], tmp_path, "shapes", 1)
+    found = first_tokens(["skipped", "dense"], bundle, load_manifest(bundle), work, EngineName.ONNXRUNTIME, 1, 2)
+    assert set(found) == {"skipped", "dense"}
+    assert all(seconds > 0 for seconds in found.values())
+    assert [name for name, _ in asked] == ["dense", "skipped", "skipped", "dense", "dense", "skipped"]
+    assert max(count for _, count in asked) == 3, "a picture that is kept would be timed as none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nowhere", "bundled", "-o", "OUT"), "nowhere"),
+        (("CHECKPOINT", "nothing", "-o", "OUT"), "no such task"),
+        (("CHECKPOINT", "bundled", "-o", "OUT", "--settings", "x"), "choose dense, RETAINED/SKIPPED"),
+        (("CHECKPOINT", "bundled", "-o", "OUT", "--settings", "20/1"), "must be at most 16"),
+    ],
+)
+def test_bad_arguments_end_in_a_sentence(
+    arguments: tuple[str, ...], sentence: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    words = [each.replace("CHECKPOINT", str(checkpoint)).replace("OUT", str(tmp_path / "out")) for each in arguments]
+    done = CliRunner().invoke(app, ["sweep", *words, "--quiet"])
+    assert done.exit_code == 2
+    assert sentence in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
