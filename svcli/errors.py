@@ -47,6 +47,7 @@ _USERS_INPUT = frozenset(
         "ProfileError",
         "PromptError",
         "SamplingError",
+        "TaskError",
         "UsageError",
     }
 )
@@ -63,6 +64,7 @@ _BROUGHT_BY = {
     "onnxscript": "svcli[torch]",
     "peft": "svcli[train]",
     "prometheus_client": "svcli[serve]",
+    "pyarrow": "svcli[eval]",
     "resvg_py": "svcli[data]",
     "safetensors": "svcli[torch]",
     "starlette": "svcli[serve]",
