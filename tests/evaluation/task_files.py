@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,9 @@ def judged(task: Task, items: Mapping[str, Item], said: Mapping[str, str]) -> li
         answer = task.read(items[key], text)
         found.append(Judged(items[key], text, answer, task.score(items[key], answer)))
     return found
+
+
+def twice(judged: Sequence[Judged]) -> list[Judged]:
+    """The same, and all of it again as other items, which is how intervals draw a picture twice."""
+    again = (replace(each, item=replace(each.item, id=f"1~{each.item.id}")) for each in judged)
+    return [*judged, *again]

@@ -11,7 +11,7 @@ import pytest
 
 from svcli.evaluation.task import TaskError
 from svcli.evaluation.tasks.mmbench import MMBench, choice
-from tests.evaluation.task_files import LETTER, asked, base64_png, held, judged, png, put_parquet, put_table
+from tests.evaluation.task_files import LETTER, asked, base64_png, held, judged, png, put_parquet, put_table, twice
 
 TASK = MMBench()
 OPTIONS = {"A": "a cat", "B": "a dog", "C": "a bird"}
@@ -50,14 +50,14 @@ ROWS = [FIRST, SECOND, rolled(FIRST, 1), rolled(FIRST, 2), rolled(SECOND, 1)]
 def test_the_official_table_is_read_with_pictures_that_rows_name(tmp_path: Path) -> None:
     put_table(tmp_path / "MMBench_DEV_EN.tsv", [ROWS[0] | {"image": base64_png("green")}, *ROWS[1:]])
     items = asked(TASK, tmp_path)
-    assert list(items) == ["241", "252", "1000241", "2000241", "1000252"]
+    assert list(items) == ["241#0", "252#0", "241#1", "241#2", "252#1"]
     lines = "A picture of\nan animal.\nWhat is it?\nA. a cat\nB. a dog\nC. a bird"
-    assert items["241"].question == lines + LETTER
-    assert items["1000241"].question.endswith("A. a dog\nB. a bird\nC. a cat" + LETTER)
-    assert items["252"].question == "What is it?\nA. red\nB. blue" + LETTER
+    assert items["241#0"].question == lines + LETTER
+    assert items["241#1"].question.endswith("A. a dog\nB. a bird\nC. a cat" + LETTER)
+    assert items["252#0"].question == "What is it?\nA. red\nB. blue" + LETTER
     assert [items[key].truth["answer"] for key in items] == ["A", "B", "C", "B", "A"]
-    assert [items[key].pictures for key in ("241", "252", "2000241")] == [(png("green"),), (png(),), (png("green"),)]
-    assert items["241"].group == "leaf 1"
+    assert [items[key].pictures for key in ("241#0", "252#0", "241#2")] == [(png("green"),), (png(),), (png("green"),)]
+    assert items["241#0"].group == "leaf 1"
 
 
 def test_the_copy_on_hugging_face_and_the_chinese_one_are_read(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_copy_on_hugging_face_and_the_chinese_one_are_read(tmp_path: Path) -
         (item.id, item.question, item.truth) for item in there.values()
     ]
     put_parquet(tmp_path / "cn" / "dev-00000-of-00001.parquet", rows)
-    assert asked(TASK, tmp_path, "dev-cn")["252"].question.endswith("B. blue\n请直接回答选项字母。")
+    assert asked(TASK, tmp_path, "dev-cn")["252#0"].question.endswith("B. blue\n请直接回答选项字母。")
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,9 @@ def test_answers_are_read_by_the_rules_alone(said: str, letter: str) -> None:
 def test_a_question_counts_where_all_its_rounds_are_right(tmp_path: Path) -> None:
     put_table(tmp_path / "MMBench_DEV_EN.tsv", ROWS)
     items = asked(TASK, tmp_path)
-    said = {"241": "A", "1000241": "C.", "2000241": "B", "252": "B", "1000252": "B"}  # the last is wrong
+    said = {"241#0": "A", "241#1": "C.", "241#2": "B", "252#0": "B", "252#1": "B"}  # the last is wrong
     figures = TASK.summary(judged(TASK, items, said))
+    assert figures == TASK.summary(twice(judged(TASK, items, said)))
     assert figures[TASK.metric] == pytest.approx(50)
     assert figures["single round %"] == pytest.approx(100)
     assert figures["rounds per question"] == pytest.approx(2.5)
@@ -114,7 +115,7 @@ def test_a_question_counts_where_all_its_rounds_are_right(tmp_path: Path) -> Non
 def test_answers_of_the_test_split_go_to_the_server_as_a_sheet(tmp_path: Path) -> None:
     rows = [{name: value for name, value in each.items() if name != "answer"} for each in ROWS[:2]]
     put_table(tmp_path / "MMBench_TEST_EN.tsv", rows)
-    done = judged(TASK, asked(TASK, tmp_path, "test"), {"241": "A <cat> & \x07more", "252": "B"})
+    done = judged(TASK, asked(TASK, tmp_path, "test"), {"241#0": "A <cat> & \x07more", "252#0": "B"})
     assert TASK.summary(done) == {}
     TASK.export_answers(done, tmp_path / "out.xlsx")
     with ZipFile(tmp_path / "out.xlsx") as archive:

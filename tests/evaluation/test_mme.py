@@ -8,7 +8,7 @@ import pytest
 
 from svcli.evaluation.task import TaskError
 from svcli.evaluation.tasks.mme import Mme
-from tests.evaluation.task_files import SHORT, asked, held, judged, png, put, put_parquet
+from tests.evaluation.task_files import SHORT, asked, held, judged, png, put, put_parquet, twice
 
 TASK = Mme()
 PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
@@ -33,7 +33,7 @@ def test_the_release_is_read_with_both_of_its_layouts(tmp_path: Path) -> None:
     assert len(items) == 30
     item = items["existence/b.jpg#2"]
     assert item.question == "Is it blue?" + SHORT
-    assert (item.truth["answer"], item.group) == ("no", "existence")
+    assert (item.truth, item.group) == ("no", "existence")
     root = tmp_path / "MME_Benchmark_release_version"
     assert items["artwork/a.jpg#1"].pictures == (root / "artwork" / "images" / "a.jpg",)
     assert items["OCR/a.png#1"].pictures == (root / "OCR" / "a.png",)
@@ -43,13 +43,13 @@ def test_the_copy_on_hugging_face_asks_the_same(tmp_path: Path) -> None:
     wanted = asked(TASK, official(tmp_path / "official"))
     rows = [
         {
-            "question_id": item.truth["picture"],
+            "question_id": key.partition("#")[0],
             "question": item.question.removesuffix(SHORT) + " Please answer yes or no.",
-            "answer": item.truth["answer"].title(),
+            "answer": item.truth.title(),
             "category": item.group,
             "image": held(),
         }
-        for item in wanted.values()
+        for key, item in wanted.items()
     ]
     put_parquet(tmp_path / "data" / "test-00000-of-00002.parquet", rows[:7])
     put_parquet(tmp_path / "data" / "test-00001-of-00002.parquet", rows[7:])
@@ -82,6 +82,7 @@ def test_sums_are_those_counted_by_hand(tmp_path: Path) -> None:
         "code_reasoning/a.jpg#2": "No",
     }
     figures = TASK.summary(judged(TASK, items, said))
+    assert figures == TASK.summary(twice(judged(TASK, items, said)))
     # Existence: three of four questions, one of two pictures: 75 + 50. Count: one of two, no picture: 50 + 0.
     assert figures["group: existence"] == pytest.approx(125)
     assert figures["existence: accuracy+ %"] == pytest.approx(50)
@@ -93,7 +94,7 @@ def test_sums_are_those_counted_by_hand(tmp_path: Path) -> None:
 
 def test_all_right_is_2000_and_800(tmp_path: Path) -> None:
     items = asked(TASK, official(tmp_path))
-    figures = TASK.summary(judged(TASK, items, {key: item.truth["answer"] for key, item in items.items()}))
+    figures = TASK.summary(judged(TASK, items, {key: item.truth for key, item in items.items()}))
     assert (figures["perception"], figures["cognition"]) == (2000, 800)
 
 

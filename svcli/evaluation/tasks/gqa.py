@@ -26,7 +26,7 @@ class Gqa:
     name = "gqa"
     title = "GQA (2019)"
     source = (
-        "cs.stanford.edu/people/dorarad/gqa/download.html (questions 1.2: CC BY 4.0, images: Visual Genome's), or"
+        "cs.stanford.edu/people/dorarad/gqa/download.html (terms on that page, pictures of Visual Genome), or"
         " huggingface.co/datasets/lmms-lab/GQA"
     )
     layout = (

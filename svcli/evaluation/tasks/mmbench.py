@@ -41,7 +41,8 @@ class MMBench:
     name = "mmbench"
     title = "MMBench 1.0 (2023)"
     source = (
-        "opencompass.openxlab.space/utils/benchmarks/MMBench (Apache-2.0), or huggingface.co/datasets/lmms-lab/MMBench"
+        "opencompass.openxlab.space/utils/benchmarks/MMBench (Apache-2.0 on GitHub, CC BY 4.0 on Hugging Face), or"
+        " huggingface.co/datasets/lmms-lab/MMBench"
     )
     layout = "MMBench_DEV_EN.tsv (or _TEST_EN, _DEV_CN, _TEST_CN; or mmbench_dev_20230712.tsv), or en/dev-*.parquet"
     splits: tuple[str, ...] = ("dev", "test", "dev-cn", "test-cn")
@@ -85,7 +86,7 @@ class MMBench:
                     abilities.setdefault(ability, {})[_question(each)] = hits[_question(each)]
         return {
             "accuracy %": percent(hits.values()),
-            "single round %": accuracy([each for each in scored if int(each.item.id) < _ROUND]),
+            "single round %": accuracy([each for each in scored if each.item.id.endswith("#0")]),
             "rounds per question": len(scored) / len(hits),
             **{f"group: {name}": percent(found.values()) for name, found in abilities.items()},
         }
@@ -95,8 +96,10 @@ class MMBench:
         lines: list[Sequence[str | int]] = [("index", "question", *_LETTERS, "prediction", "answer")]
         for each in judged:
             truth = each.item.truth
+            question, _, number = each.item.id.partition("#")
+            index = int(question) + int(number) * _ROUND
             options = [truth["options"].get(letter, "") for letter in _LETTERS]
-            lines.append((int(each.item.id), truth["question"], *options, each.said, truth["answer"]))
+            lines.append((index, truth["question"], *options, each.said, truth["answer"]))
         write_sheet(path, lines)
 
     def _item(self, record: Record, picture: bytes, split: str) -> Item:
@@ -116,7 +119,8 @@ class MMBench:
         ability = record.optional("l2-category") or record.optional("L2-category")
         truth = {"answer": answer, "options": options, "question": question, "ability": ability}
         category = record.optional("category")
-        return Item(str(record.number("index")), "\n".join(lines) + ending, (picture,), truth, category)
+        number, index = divmod(record.number("index"), _ROUND)
+        return Item(f"{index}#{number}", "\n".join(lines) + ending, (picture,), truth, category)
 
 
 def choice(said: str, options: dict[str, str]) -> str:
@@ -164,4 +168,4 @@ def _with_pictures(table: Table) -> Iterator[tuple[Record, bytes]]:
 
 
 def _question(each: Judged) -> str:
-    return str(int(each.item.id) % _ROUND)
+    return each.item.id.rpartition("#")[0]

@@ -83,7 +83,7 @@ class Mme:
         return "yes" if "yes" in begin else "no" if "no" in begin else "other"
 
     def score(self, item: Item, answer: str) -> float:
-        return float(answer == item.truth["answer"])
+        return float(answer == item.truth)
 
     def summary(self, judged: Sequence[Judged]) -> dict[str, float]:
         subtasks = {name: accuracy(found) + _plus(found) for name, found in grouped(judged).items()}
@@ -101,7 +101,7 @@ class Mme:
 
 def _plus(judged: Sequence[Judged]) -> float:
     """Of pictures both of whose questions have been answered."""
-    pictures = grouped(judged, lambda each: str(each.item.truth["picture"])).values()
+    pictures = grouped(judged, lambda each: each.item.id.rpartition("#")[0]).values()
     return percent(all(each.score for each in pair) for pair in pictures if len(pair) == 2)
 
 
@@ -144,4 +144,4 @@ def _item(
     if number > 2:
         raise record.broken(f"a third question about {picture}")
     asked = question.replace(_SUFFIX, "").strip() + SHORT
-    return Item(f"{picture}#{number}", asked, pictures, {"answer": truth, "picture": picture}, category)
+    return Item(f"{picture}#{number}", asked, pictures, truth, category)

@@ -26,7 +26,7 @@ class MMStar:
 
     name = "mmstar"
     title = "MMStar (2024)"
-    source = "huggingface.co/datasets/Lin-Chen/MMStar (research only; its pictures are of six other benchmarks)"
+    source = "huggingface.co/datasets/Lin-Chen/MMStar (no licence named; pictures of six other benchmarks)"
     layout = "mmstar.parquet, val-*.parquet or MMStar.tsv"
     splits: tuple[str, ...] = ("val",)
     metric = "accuracy %"

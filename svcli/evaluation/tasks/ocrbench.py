@@ -23,7 +23,7 @@ class OcrBench:
     name = "ocrbench"
     title = "OCRBench (2023)"
     source = (
-        "github.com/Yuliang-Liu/MultimodalOCR, OCRBench/ (research only; its pictures are of 29 other data sets), or"
+        "github.com/Yuliang-Liu/MultimodalOCR, OCRBench/ (MIT; pictures of 29 other sets, by their terms), or"
         " huggingface.co/datasets/echo840/OCRBench"
     )
     layout = "OCRBench.json, there or in OCRBench/, and OCRBench_Images/; or data/test-*.parquet"
