@@ -104,15 +104,19 @@ def evaluate(
 
 
 def _end(report: Report, out: Path, folder: Path, bundle: Path | None, html: Path | None, as_json: bool) -> None:
-    if html is not None:
-        from svcli.evaluation.page import write_page
+    from svcli.evaluation.collect import write_summary
 
-        write_page(html, report, folder, bundle)
-        ui.note(f"wrong answers: {html}")
+    write_summary(out, report)
     if as_json:
         ui.show(json.dumps(report.told() | {"results": str(out)}, indent=2))
     else:
         _render(report, out)
+    if html is not None:
+        from svcli.evaluation.page import write_page
+
+        write_page(html, report, folder, bundle)
+        if not as_json:
+            ui.show(f"Wrong answers: {html}")
     if all(each.num_failed == len(each.lines) for each in report.answers):
         ui.error(f'nothing could be asked; "error" in the files of {out} says why')
         raise typer.Exit(FAILURE)
@@ -122,8 +126,8 @@ def _merge(folder: Path, data: Path | None, html: Path | None, as_json: bool) ->
     from svcli.evaluation.collect import collect, told
 
     report, known = collect(folder), told(folder)
-    bundle = Path(known.get("bundle", ""))
-    _end(report, folder, data or Path(known.get("data", "")), bundle if bundle.is_dir() else None, html, as_json)
+    bundle = Path(known["bundle"])
+    _end(report, folder, data or Path(known["data"]), bundle if bundle.is_dir() else None, html, as_json)
 
 
 def _render(report: Report, out: Path) -> None:
