@@ -153,7 +153,12 @@ def _render(report: Report, out: Path) -> None:
             )
         )
     columns = ("", report.task.metric, "over dense", "items", "visual tokens", "KV rows", "FLOPs", "first token")
-    ui.table(f"{report.task.title}, {report.split}", columns, rows)
+    shown = [number for number, name in enumerate(columns) if name != "over dense" or report.to_dense]
+    ui.table(
+        f"{report.task.title}, {report.split}",
+        [columns[number] for number in shown],
+        [[row[number] for number in shown] for row in rows],
+    )
     others = dict.fromkeys(name for each in report.answers for name in each.others)
     groups = dict.fromkeys(name for each in report.answers for name in each.groups)
     more = [(name, *(said(each.others.get(name)) for each in report.answers)) for name in others]
@@ -163,9 +168,8 @@ def _render(report: Report, out: Path) -> None:
     for sentence in report.sentences():
         ui.show(sentence)
     if methods := sorted({each.interval.method for each in report.answers if each.interval is not None}):
-        ui.show(
-            f"Intervals: 95 %, {' and '.join(methods)}; of differences, on the same items, by bootstrap over pictures."
-        )
+        beside = "; of differences, on the same items, by bootstrap over pictures" if report.to_own else ""
+        ui.show(f"Intervals: 95 %, {' and '.join(methods)}{beside}.")
     ui.show(f"Results: {out}")
 
 
