@@ -77,6 +77,8 @@ def evaluate(
         return
     if only is not None and baselines is not None:
         raise UsageError("--only and --baselines: name what is asked with one of them")
+    if only is not None and not _names(only):
+        raise UsageError("--only: name at least one, such as skipped")
     if not words or len(words) > 2:
         raise UsageError("name a task: svcli eval [BUNDLE] TASK; `svcli eval --list` has them")
     from svcli.evaluation.run import Shard
@@ -107,6 +109,8 @@ def _end(report: Report, out: Path, folder: Path, bundle: Path | None, html: Pat
     from svcli.evaluation.collect import write_summary
 
     write_summary(out, report)
+    if not report.answers:
+        raise UsageError(f"{out}: none of the items is in this shard; ask more of them, or fewer shards")
     if as_json:
         ui.show(json.dumps(report.told() | {"results": str(out)}, indent=2))
     else:

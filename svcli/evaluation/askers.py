@@ -98,6 +98,8 @@ class BundleAsker:
 
     def _retained(self, picture: Picture, visual: Visual) -> tuple[int, ...]:
         config = self._processor.config
+        if visual.retained is None and config.skip is not None:
+            return ()  # this engine does not say
         if visual.retained is None:
             return tuple(range(sum(span.num_tokens for span in self._processor.spans(picture.cut))))
         # Where each view is a run of its own, its tokens are numbered behind those of the views before.
