@@ -66,6 +66,7 @@ _BROUGHT_BY = {
     "onnxscript": "svcli[torch]",
     "peft": "svcli[train]",
     "prometheus_client": "svcli[serve]",
+    "pyarrow": "svcli[eval]",
     "resvg_py": "svcli[data]",
     "safetensors": "svcli[torch]",
     "starlette": "svcli[serve]",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,17 @@ class Task(Protocol):
 
 class TaskError(ValueError):
     """A task whose files are not as they should be; one sentence that says which and where to get them."""
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """What some tasks can do besides: write answers for a judge or a test server elsewhere."""
+
+    unscored: tuple[str, ...]
+    """Splits that only they score: of these `score` is 0 and `summary` is empty."""
+    export: str
+    """What kind of file that is, its ending with it, and who reads it; a few words."""
+
+    def export_answers(self, judged: Sequence[Judged], path: Path) -> None:
+        """Writes it. Raises OSError."""
+        ...
