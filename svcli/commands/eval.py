@@ -77,6 +77,8 @@ def evaluate(
         return
     if only is not None and baselines is not None:
         raise UsageError("--only and --baselines: name what is asked with one of them")
+    if only is not None and not _names(only):
+        raise UsageError("--only: name at least one, such as skipped")
     if not words or len(words) > 2:
         raise UsageError("name a task: svcli eval [BUNDLE] TASK; `svcli eval --list` has them")
     from svcli.evaluation.run import Shard
@@ -104,15 +106,21 @@ def evaluate(
 
 
 def _end(report: Report, out: Path, folder: Path, bundle: Path | None, html: Path | None, as_json: bool) -> None:
-    if html is not None:
-        from svcli.evaluation.page import write_page
+    from svcli.evaluation.collect import write_summary
 
-        write_page(html, report, folder, bundle)
-        ui.note(f"wrong answers: {html}")
+    write_summary(out, report)
+    if not report.answers:
+        raise UsageError(f"{out}: none of the items is in this shard; ask more of them, or fewer shards")
     if as_json:
         ui.show(json.dumps(report.told() | {"results": str(out)}, indent=2))
     else:
         _render(report, out)
+    if html is not None:
+        from svcli.evaluation.page import write_page
+
+        write_page(html, report, folder, bundle)
+        if not as_json:
+            ui.show(f"Wrong answers: {html}")
     if all(each.num_failed == len(each.lines) for each in report.answers):
         ui.error(f'nothing could be asked; "error" in the files of {out} says why')
         raise typer.Exit(FAILURE)
@@ -122,8 +130,8 @@ def _merge(folder: Path, data: Path | None, html: Path | None, as_json: bool) ->
     from svcli.evaluation.collect import collect, told
 
     report, known = collect(folder), told(folder)
-    bundle = Path(known.get("bundle", ""))
-    _end(report, folder, data or Path(known.get("data", "")), bundle if bundle.is_dir() else None, html, as_json)
+    bundle = Path(known["bundle"])
+    _end(report, folder, data or Path(known["data"]), bundle if bundle.is_dir() else None, html, as_json)
 
 
 def _render(report: Report, out: Path) -> None:
@@ -149,7 +157,12 @@ def _render(report: Report, out: Path) -> None:
             )
         )
     columns = ("", report.task.metric, "over dense", "items", "visual tokens", "KV rows", "FLOPs", "first token")
-    ui.table(f"{report.task.title}, {report.split}", columns, rows)
+    shown = [number for number, name in enumerate(columns) if name != "over dense" or report.to_dense]
+    ui.table(
+        f"{report.task.title}, {report.split}",
+        [columns[number] for number in shown],
+        [[row[number] for number in shown] for row in rows],
+    )
     others = dict.fromkeys(name for each in report.answers for name in each.others)
     groups = dict.fromkeys(name for each in report.answers for name in each.groups)
     more = [(name, *(said(each.others.get(name)) for each in report.answers)) for name in others]
@@ -159,9 +172,8 @@ def _render(report: Report, out: Path) -> None:
     for sentence in report.sentences():
         ui.show(sentence)
     if methods := sorted({each.interval.method for each in report.answers if each.interval is not None}):
-        ui.show(
-            f"Intervals: 95 %, {' and '.join(methods)}; of differences, on the same items, by bootstrap over pictures."
-        )
+        beside = "; of differences, on the same items, by bootstrap over pictures" if report.to_own else ""
+        ui.show(f"Intervals: 95 %, {' and '.join(methods)}{beside}.")
     ui.show(f"Results: {out}")
 
 

@@ -23,7 +23,8 @@ class Said:
     first_token: float
     """Seconds from pixels to the first token's logits, 0 of it for a picture that was encoded before."""
     retained: tuple[tuple[int, ...], ...]
-    """Patches that were kept of each picture, in the numbers of the overlay; all of them where none is left out."""
+    """Patches that were kept of each picture, in the numbers of the overlay; all of them where none is left out,
+    none where the engine does not say, or the picture was not shown."""
 
 
 class Asker(Protocol):

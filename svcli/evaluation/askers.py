@@ -198,6 +198,8 @@ class BundleAsker:
         return _Shown(visual, TokenLayout(segments, layout.visibility, tuple(picked)), retained)
 
     def _retained(self, picture: Picture, visual: Visual) -> tuple[int, ...]:
+        if visual.retained is None and self._config.skip is not None:
+            return ()  # this engine does not say
         if visual.retained is None:
             return tuple(range(sum(span.num_tokens for span in self.processor.spans(picture.cut))))
         return self._numbered(visual.retained)

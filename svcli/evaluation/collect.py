@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from svcli.evaluation.report import Report
 from svcli.evaluation.results import Header, Line, ResultsError, difference, read
 from svcli.evaluation.run import Shard
 from svcli.evaluation.tasks.registry import TASKS
+
+SUMMARY = "summary.json"
 
 
 def results_path(folder: Path, asker: str, shard: Shard) -> Path:
@@ -46,8 +50,19 @@ def collect(folder: Path) -> Report:
 
 
 def told(folder: Path) -> dict[str, str]:
-    """What the first file says of where its answers come from."""
-    return next((header.told for _, header, _ in _read(folder)), {})
+    """What the first file says of where its answers come from. Raises ResultsError where it does not."""
+    for path, header, _ in _read(folder):
+        if {"bundle", "data"} <= header.told.keys():
+            return header.told
+        raise ResultsError(f"{path}: does not say where its bundle and its data were")
+    raise ResultsError(f"{folder}: holds no results of svcli eval")
+
+
+def write_summary(folder: Path, report: Report) -> None:
+    """As JSON beside the answers."""
+    beside = folder / f"{SUMMARY}.{os.getpid()}"
+    beside.write_text(json.dumps(report.told(), indent=2) + "\n", encoding="utf-8")
+    beside.replace(folder / SUMMARY)
 
 
 def _place(name: str, kinds: list[str]) -> int:

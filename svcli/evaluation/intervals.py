@@ -51,6 +51,7 @@ class Sample:
         keys = [line.pictures for line in sorted(lines, key=lambda line: line.item.id)]
         self._clusters = np.unique(keys, return_inverse=True)[1].reshape(-1)
         self.num_pictures = int(self._clusters.max()) + 1
+        self._copies = [self._judged]
         self.summary = task.summary(self._judged)
         self.ids = frozenset(each.item.id for each in self._judged)
 
@@ -115,10 +116,11 @@ class Sample:
         return np.bincount(generator.integers(self.num_pictures, size=self.num_pictures), minlength=self.num_pictures)
 
     def _drawn(self, counts: npt.NDArray[np.int64]) -> float:
+        most, times = int(counts.max()), counts[self._clusters]
+        while len(self._copies) < most:
+            self._copies.append([_copy(each, len(self._copies)) for each in self._judged])
         drawn = [
-            _copy(each, number)
-            for each, count in zip(self._judged, counts[self._clusters].tolist(), strict=True)
-            for number in range(count)
+            self._copies[number][place] for number in range(most) for place in np.flatnonzero(times > number).tolist()
         ]
         return self._task.summary(drawn)[self._task.metric]
 
@@ -131,4 +133,4 @@ class Sample:
 
 def _copy(judged: Judged, number: int) -> Judged:
     """An item that is drawn again is another: what a task pairs by id stays in pairs."""
-    return judged if number == 0 else replace(judged, item=replace(judged.item, id=f"{number}~{judged.item.id}"))
+    return replace(judged, item=replace(judged.item, id=f"{number}~{judged.item.id}"))

@@ -102,8 +102,7 @@ class Report:
     @cached_property
     def to_own(self) -> dict[str, Interval | None]:
         """How much the bundle as it is, the first, is above each other."""
-        own, *others = self.answers
-        return {each.name: own.over(each) for each in others}
+        return {each.name: self.answers[0].over(each) for each in self.answers[1:]}
 
     def sentences(self) -> list[str]:
         """What the differences say, and what must be known beside."""

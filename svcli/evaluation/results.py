@@ -64,7 +64,7 @@ class Line:
     score: float
     error: str = ""
     looked: bool = False
-    """Its pictures were not those of the item before, so that the time to the first token has all of it."""
+    """It has pictures, and they were not those of the item before: the time to the first token has the encoder's."""
 
     @property
     def judged(self) -> Judged:

@@ -109,7 +109,8 @@ def answer(work: Work, asker: Asker, results: Results, transparency: Transparenc
             line = Line(bare, key, None, "", 0.0, error=str(error))
         else:
             found = work.task.read(item, said.text)
-            line = Line(bare, key, said, found, work.task.score(item, found), looked=looked)
+            score = work.task.score(item, found)
+            line = Line(bare, key, said, found, score, looked=looked and bool(item.pictures))
         results.append(line)
         yield line
 

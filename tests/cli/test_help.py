@@ -59,6 +59,7 @@ COMMANDS = (
         (["--version"], HEAVY | {"pydantic"}),
         (["chat", "--help"], HEAVY),
         (["serve", "--help"], HEAVY),
+        (["eval", "--help"], HEAVY),
         (["train", "--help"], HEAVY),
         ([], HEAVY),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from skipvision.data.assets import Assets
 from skipvision.data.canvas import MAX_OVERLAP, overlap
 from skipvision.data.names import COLOUR_IDS, LABEL_IDS, LABELS
-from skipvision.data.scenes import Scene, render
+from skipvision.data.scenes import Scene, render, render_shapes
 from skipvision.data.split import SPLITS, Split, colour_is_held_out, pair_is_held_out
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -138,3 +138,12 @@ def test_every_plan_shows_up(assets: Assets) -> None:
     most = [max(sum(i.name == j.name for j in s.items) for i in s.items) for s in found]
     assert set(range(1, 7)) <= set(most)
     assert {i.category for s in found for i in s.items} == {"object", "shape", "text"}
+
+
+def test_shapes_need_no_art_and_are_the_same_each_time() -> None:
+    for seed in range(20):
+        first, again = render_shapes(seed), render_shapes(seed)
+        assert np.array_equal(np.asarray(first.image), np.asarray(again.image))
+        assert {item.category for item in first.items} == {"shape"}
+        assert (first.labels > 0).any()
+    assert not np.array_equal(np.asarray(first.image), np.asarray(render_shapes(0).image))

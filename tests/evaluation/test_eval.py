@@ -217,6 +217,8 @@ def test_nothing_that_could_be_asked_is_a_failure(tmp_path: Path) -> None:
         ([*SHAPES, "--shard", "4/4"], "0 to N - 1"),
         ([*SHAPES, "--only", "sparse"], "choose among"),
         ([*SHAPES, "--only", "skipped", "--baselines", "dense"], "one of them"),
+        ([*SHAPES, "--only", "none"], "at least one"),
+        ([*SHAPES, *OWN, "--limit", "1", "--shard", "0/1000"], "none of the items"),
         (["bundled", "--merge", "x"], "asks nothing"),
         (["--merge", "nowhere"], "holds no results"),
     ],

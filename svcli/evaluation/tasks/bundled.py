@@ -44,7 +44,7 @@ class Bundled:
     title = "The suite of the bundled model"
     source = "drawn here; the art, by `svcli data fetch`, each under the licence of its package; `shapes` needs none"
     layout = "the folder that `svcli data fetch` filled: cutouts.npz, cutouts.json, fonts.json, words.json, fonts/"
-    splits = (*DRAWN, SHAPES)
+    splits: tuple[str, ...] = (*DRAWN, SHAPES)
     metric = "accuracy %"
     max_new_tokens = 48
 

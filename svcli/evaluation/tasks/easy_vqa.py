@@ -23,7 +23,7 @@ class EasyVqa:
         f"the Python package easy-vqa {EASY_VQA.version} by Victor Zhou (MIT), which `svcli data fetch` brings, too"
     )
     layout = f"the wheel: `pip download --no-deps {EASY_VQA.name}=={EASY_VQA.version} -d FOLDER`"
-    splits = ("test",)
+    splits: tuple[str, ...] = ("test",)
     metric = "accuracy %"
     max_new_tokens = 48
 
