@@ -203,7 +203,7 @@ def test_what_others_score_is_written_for_them(tmp_path: Path) -> None:
     }
     put_json(tmp_path / "mm-vet.json", rows)
     put(tmp_path / "images" / "a.png")
-    asked = ["mmvet", *OWN, "--data", tmp_path, "--out", tmp_path / "out"]
+    asked: list[str | Path] = ["mmvet", *OWN, "--data", tmp_path, "--out", tmp_path / "out"]
     done = evaluate(*asked, "--export", tmp_path / "answers.json")
     assert "Figures of test are given elsewhere; --export writes answers as a .json file" in done.stdout
     assert "Intervals" not in done.stdout
