@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from svcli.evaluation.task import Task
 
 _DEFAULT_OUT = Path("eval")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What becomes of a report."""
+
+    html: Path | None
+    export: Path | None
+    as_json: bool
 
 
 def evaluate(
@@ -54,6 +64,10 @@ def evaluate(
     html: Annotated[
         Path | None, typer.Option(metavar="PAGE", help="Wrong answers with their pictures, as one HTML file.")
     ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The bundle's answers as the task's judge or test server reads them."),
+    ] = None,
     engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
     listed: Annotated[
@@ -70,10 +84,11 @@ def evaluate(
     if listed:
         _list(as_json)
         return
+    wanted = Wanted(html, export, as_json)
     if merge is not None:
         if words or shard or only or baselines or out:
             raise UsageError("--merge asks nothing: it goes with --data, --html and --json alone")
-        _merge(merge, data, html, as_json)
+        _merge(merge, data, wanted)
         return
     if only is not None and baselines is not None:
         raise UsageError("--only and --baselines: name what is asked with one of them")
@@ -87,6 +102,7 @@ def evaluate(
     task = named_task(words[-1])
     bundle = Path(words[0]) if len(words) == 2 else bundled_model()
     split = task_split(task, split)
+    _check_wanted(task, split, wanted)
     place = "-".join([task.name, split, *([f"first{limit}"] if limit else [])])
     work = Session(
         bundle=bundle,
@@ -102,43 +118,46 @@ def evaluate(
         is_quiet=quiet,
     )
     report = work.run(only=_names(only), baselines=_names(baselines))
-    _end(report, work.out, work.folder, bundle, html, as_json)
+    _end(report, work.out, work.folder, bundle, wanted)
 
 
-def _end(report: Report, out: Path, folder: Path, bundle: Path | None, html: Path | None, as_json: bool) -> None:
+def _end(report: Report, out: Path, folder: Path, bundle: Path | None, wanted: Wanted) -> None:
     from svcli.evaluation.collect import write_summary
 
     write_summary(out, report)
     if not report.answers:
         raise UsageError(f"{out}: none of the items is in this shard; ask more of them, or fewer shards")
-    if as_json:
+    if wanted.as_json:
         ui.show(json.dumps(report.told() | {"results": str(out)}, indent=2))
     else:
         _render(report, out)
-    if html is not None:
+    if wanted.html is not None:
         from svcli.evaluation.page import write_page
 
-        write_page(html, report, folder, bundle)
-        if not as_json:
-            ui.show(f"Wrong answers: {html}")
+        write_page(wanted.html, report, folder, bundle)
+    if wanted.export is not None:
+        from svcli.evaluation.collect import export_answers
+
+        export_answers(report, wanted.export)
+    for what, path in {"Wrong answers": wanted.html, "Answers for the judge": wanted.export}.items():
+        if path is not None and not wanted.as_json:
+            ui.show(f"{what}: {path}")
     if all(each.num_failed == len(each.lines) for each in report.answers):
         ui.error(f'nothing could be asked; "error" in the files of {out} says why')
         raise typer.Exit(FAILURE)
 
 
-def _merge(folder: Path, data: Path | None, html: Path | None, as_json: bool) -> None:
+def _merge(folder: Path, data: Path | None, wanted: Wanted) -> None:
     from svcli.evaluation.collect import collect, told
 
     report, known = collect(folder), told(folder)
+    _check_wanted(report.task, report.split, wanted)
     bundle = Path(known["bundle"])
-    _end(report, folder, data or Path(known["data"]), bundle if bundle.is_dir() else None, html, as_json)
+    _end(report, folder, data or Path(known["data"]), bundle if bundle.is_dir() else None, wanted)
 
 
 def _render(report: Report, out: Path) -> None:
     from svcli.evaluation.report import figure
-
-    def said(value: float | None) -> str:
-        return "-" if value is None else figure(value)
 
     rows = []
     for each in report.answers:
@@ -147,7 +166,7 @@ def _render(report: Report, out: Path) -> None:
         rows.append(
             (
                 each.name,
-                f"{figure(each.sample.value)}{around}",
+                f"{figure(each.value)}{around}",
                 "" if above is None else f"{above.value:+.3g} ({figure(above.low)} to {figure(above.high)})",
                 f"{len(each.lines):,}",
                 _count(each.mean("visual_tokens")),
@@ -165,8 +184,8 @@ def _render(report: Report, out: Path) -> None:
     )
     others = dict.fromkeys(name for each in report.answers for name in each.others)
     groups = dict.fromkeys(name for each in report.answers for name in each.groups)
-    more = [(name, *(said(each.others.get(name)) for each in report.answers)) for name in others]
-    more += [(name, *(said(each.groups.get(name)) for each in report.answers)) for name in groups]
+    more = [(name, *(figure(each.others.get(name)) for each in report.answers)) for name in others]
+    more += [(name, *(figure(each.groups.get(name)) for each in report.answers)) for name in groups]
     if more:
         ui.table("", ("", *(each.name for each in report.answers)), more)
     for sentence in report.sentences():
@@ -214,6 +233,16 @@ def task_split(task: Task, name: str | None) -> str:
     if name is not None and name not in task.splits:
         raise UsageError(f"--split {name}: {task.name} has {', '.join(task.splits)}")
     return name or task.splits[0]
+
+
+def _check_wanted(task: Task, split: str, wanted: Wanted) -> None:
+    """Raises UsageError."""
+    from svcli.evaluation.task import Exports, is_scored
+
+    if wanted.html is not None and not is_scored(task, split):
+        raise UsageError(f"--html: what is wrong in {task.name}, {split}, only its judge can tell; --export asks it")
+    if wanted.export is not None and not isinstance(task, Exports):
+        raise UsageError(f"--export: {task.name} is scored here, and nobody else reads its answers")
 
 
 def task_folder(task: Task, data: Path | None) -> Path:

@@ -72,6 +72,10 @@ def sweep(
     chosen, name = named_task(task), task_split(named_task(task), split)
     folder = task_folder(chosen, data)
     from svcli.evaluation.askers import BLIND, own_name
+    from svcli.evaluation.task import is_scored
+
+    if not is_scored(chosen, name):
+        raise UsageError(f"{chosen.name}, {name}: scored elsewhere, so that no setting can be chosen by it here")
     from svcli.evaluation.run import Shard, Work
     from svcli.evaluation.session import Session
     from svcli.evaluation.sweep import choose, first_tokens, points, told, write

@@ -11,6 +11,7 @@ from svcli.evaluation.askers import BASELINES
 from svcli.evaluation.report import Report
 from svcli.evaluation.results import Header, Line, ResultsError, difference, read
 from svcli.evaluation.run import Shard
+from svcli.evaluation.task import Exports
 from svcli.evaluation.tasks.registry import TASKS
 
 SUMMARY = "summary.json"
@@ -63,6 +64,13 @@ def write_summary(folder: Path, report: Report) -> None:
     beside = folder / f"{SUMMARY}.{os.getpid()}"
     beside.write_text(json.dumps(report.told(), indent=2) + "\n", encoding="utf-8")
     beside.replace(folder / SUMMARY)
+
+
+def export_answers(report: Report, path: Path) -> None:
+    """Those of the first asker, as whoever judges them elsewhere reads them."""
+    assert isinstance(report.task, Exports)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.task.export_answers([line.judged for line in report.answers[0].lines], path)
 
 
 def _place(name: str, kinds: list[str]) -> int:

@@ -53,10 +53,12 @@ class Sample:
         self.num_pictures = int(self._clusters.max()) + 1
         self._copies = [self._judged]
         self.summary = task.summary(self._judged)
+        """Empty where only somebody else can tell."""
         self.ids = frozenset(each.item.id for each in self._judged)
 
     @property
     def value(self) -> float:
+        """The main figure. Raises KeyError where there is none."""
         return self.summary[self._task.metric]
 
     def interval(self) -> Interval | None:

@@ -217,7 +217,7 @@ def _facts(report: Report, number: int) -> dict[str, Any]:
     tokens = each.mean("visual_tokens")
     return {
         "name": each.name,
-        "figure": figure(each.sample.value) + around,
+        "figure": figure(each.value) + around,
         "visual_tokens": "-" if tokens is None else f"{tokens:.0f}",
         "num_failed": each.num_failed,
     }

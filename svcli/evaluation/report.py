@@ -12,7 +12,7 @@ from svcli.chat.model import DENSE
 from svcli.evaluation.asker import Said
 from svcli.evaluation.intervals import Interval, Sample
 from svcli.evaluation.results import Line
-from svcli.evaluation.task import Task
+from svcli.evaluation.task import Exports, Task, is_scored
 
 _GROUP = "group: "
 
@@ -36,9 +36,14 @@ class Answers:
     def sample(self) -> Sample:
         return Sample(self.task, self.lines)
 
+    @property
+    def value(self) -> float | None:
+        """The main figure; None where only somebody else can tell."""
+        return self.sample.summary.get(self.task.metric)
+
     @cached_property
     def interval(self) -> Interval | None:
-        return self.sample.interval()
+        return None if self.value is None else self.sample.interval()
 
     @property
     def groups(self) -> dict[str, float]:
@@ -64,6 +69,8 @@ class Answers:
 
     def over(self, other: Answers) -> Interval | None:
         """How much its figure is above that of `other` on the items that both answered; None where it says nothing."""
+        if self.value is None or other.value is None:
+            return None
         if self.sample.ids == other.sample.ids:
             return self.sample.over(other.sample)
         common = self.sample.ids & other.sample.ids
@@ -104,10 +111,16 @@ class Report:
         """How much the bundle as it is, the first, is above each other."""
         return {each.name: self.answers[0].over(each) for each in self.answers[1:]}
 
+    @property
+    def is_scored(self) -> bool:
+        return is_scored(self.task, self.split)
+
     def sentences(self) -> list[str]:
         """What the differences say, and what must be known beside."""
         metric, found = self.task.metric, []
-        for name, difference in self.to_own.items():
+        if isinstance(self.task, Exports) and not self.is_scored:
+            found.append(f"Figures of {self.split} are given elsewhere; --export writes {self.task.export}.")
+        for name, difference in self.to_own.items() if self.is_scored else ():
             pair = f"{self.answers[0].name} and {name}"
             if difference is None:
                 found.append(f"{pair}: too little was answered by both to tell them apart.")
@@ -148,7 +161,7 @@ class Report:
             "items": each.num_items,
             "answered": len(each.lines),
             "not asked": each.num_failed,
-            "figure": each.sample.value,
+            "figure": each.value,
             "interval": None if each.interval is None else asdict(each.interval),
             "figures": each.sample.summary,
             "above dense": None if to_dense is None else asdict(to_dense),
@@ -160,6 +173,8 @@ class Report:
         }
 
 
-def figure(value: float) -> str:
+def figure(value: float | None) -> str:
     """As many digits as say something."""
+    if value is None:
+        return "-"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"

@@ -19,7 +19,7 @@ from svcli.evaluation.collect import check_neighbours, collect, results_path
 from svcli.evaluation.report import Report
 from svcli.evaluation.results import Header, Results
 from svcli.evaluation.run import Shard, Work, answer
-from svcli.evaluation.task import Task
+from svcli.evaluation.task import Task, is_scored
 from svcli.remarks import dense_remarks, remarks
 from svcli_export.manifest import MANIFEST_FILE, Manifest, load_manifest
 
@@ -86,7 +86,8 @@ class Session:
                 progress.update(header.asker, done, total)
                 for line in answer(work, asker, results, self._manifest.image.transparency):
                     done, score = done + 1, score + line.score
-                    progress.update(header.asker, done, total, f"{done}/{total}", f"score {score / done:.1%}")
+                    facts = [f"score {score / done:.1%}"] if is_scored(self.task, self.split) else []
+                    progress.update(header.asker, done, total, f"{done}/{total}", *facts)
 
     def _names(self, only: Sequence[str] | None, baselines: Sequence[str] | None) -> list[str]:
         if only is not None:

@@ -79,6 +79,11 @@ class TaskError(ValueError):
     """A task whose files are not as they should be; one sentence that says which and where to get them."""
 
 
+def is_scored(task: Task, split: str) -> bool:
+    """Whether there is a figure of this split, or only somebody else can tell."""
+    return not (isinstance(task, Exports) and split in task.unscored)
+
+
 @runtime_checkable
 class Exports(Protocol):
     """What some tasks can do besides: write answers for a judge or a test server elsewhere."""

@@ -23,6 +23,7 @@ from svcli.evaluation.run import Shard, Work
 from svcli.evaluation.task import Task
 from svcli.evaluation.tasks.registry import TASKS
 from svcli.settings import bundled_model
+from tests.evaluation.task_files import held, put, put_json, put_parquet
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ("bundled", "--split", "shapes")
@@ -194,6 +195,46 @@ def test_what_cannot_be_asked_is_wrong_and_said(wheel: Path, tmp_path: Path) -> 
     assert found["not asked"] == 2
     assert found["visual_tokens"] == 162
     assert report["askers"]["dense"]["visual_tokens"] == 256
+
+
+def test_what_others_score_is_written_for_them(tmp_path: Path) -> None:
+    rows = {
+        f"v1_{n}": {"imagename": "a.png", "question": "what?", "answer": "it", "capability": ["ocr"]} for n in (0, 1)
+    }
+    put_json(tmp_path / "mm-vet.json", rows)
+    put(tmp_path / "images" / "a.png")
+    asked: list[str | Path] = ["mmvet", *OWN, "--data", tmp_path, "--out", tmp_path / "out"]
+    done = evaluate(*asked, "--export", tmp_path / "answers.json")
+    assert "Figures of test are given elsewhere; --export writes answers as a .json file" in done.stdout
+    assert "Intervals" not in done.stdout
+    written = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
+    assert written == {each["id"]: each["text"] for each in lines(tmp_path / "out" / "skipped.jsonl")[1:]}
+    report = json.loads(evaluate("--merge", tmp_path / "out", "--json").stdout)
+    assert report["askers"]["skipped"]["figure"] is None
+    assert "only its judge can tell" in evaluate(*asked, "--html", tmp_path / "page.html", code=2).stderr
+    assert "scored here" in evaluate(*SHAPES, *OWN, "--export", tmp_path / "x", code=2).stderr
+
+
+def test_public_tasks_go_all_the_way(tmp_path: Path) -> None:
+    """MME, whose figure is no mean: 100 for the questions and 100 for the pictures of each subtask."""
+    rows = [
+        {"question_id": f"{name}/{n}.png", "image": held(colour), "question": f"Is it {said}?", "answer": truth}
+        | {"category": name}
+        for name in ("existence", "color")
+        for n, colour in enumerate(("red", "blue"))
+        for said, truth in ((colour, "Yes"), ("green", "No"))
+    ]
+    put_parquet(tmp_path / "data" / "test-0.parquet", rows)
+    done = evaluate("mme", "--baselines", "dense", "--data", tmp_path, "--out", tmp_path / "out", "--json")
+    report = json.loads(done.stdout)
+    own = report["askers"]["skipped"]
+    assert own["items"] == own["answered"] == len(rows)
+    scores = {each["id"]: each["score"] for each in lines(tmp_path / "out" / "skipped.jsonl")[1:]}
+    wanted = 0.0
+    for name in ("existence", "color"):
+        pairs = [[scores[f"{name}/{n}.png#{number}"] for number in (1, 2)] for n in (0, 1)]
+        wanted += 100 * sum(map(sum, pairs)) / 4 + 100 * sum(map(min, pairs)) / 2
+    assert own["figure"] == pytest.approx(wanted)
 
 
 def test_nothing_that_could_be_asked_is_a_failure(tmp_path: Path) -> None:
