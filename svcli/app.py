@@ -19,6 +19,7 @@ from svcli.commands.new import new
 from svcli.commands.profile import profile
 from svcli.commands.serve import serve
 from svcli.commands.train import train
+from svcli.commands.triton import triton
 from svcli.commands.verify import verify
 from svcli.errors import reported
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, ask, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
+for command in (chat, ask, serve, inspect, cost, profile, verify, doctor, export, build_engine, triton, train, new):
     app.command()(reported(command))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
 data.command()(reported(check))
@@ -61,7 +62,7 @@ def main(
                 ("svcli inspect", "what the bundled model is made of"),
                 (
                     "svcli --help",
-                    "the rest: ask, serve, cost, profile, verify, doctor, export, build-engine, train, new, data",
+                    "others: ask, serve, cost, profile, verify, doctor, export, build-engine, triton, train, new, data",
                 ),
             ],
         )

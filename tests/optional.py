@@ -28,6 +28,10 @@ OPTIONAL = {
     ),
     "tensorboard": "no tensorboard (pip install tensorboard): what a run logs to it was not read back",
     "transformers": "no transformers (pip install transformers): our models and sizes were not held against theirs",
+    "triton": (
+        "SVCLI_TRITON is not set to a folder with Triton's server (pip install --no-deps --target FOLDER"
+        ' nvidia-pytriton "numpy<2" tritonclient python-rapidjson): its model met a stand-in only'
+    ),
     "wandb": "no wandb (pip install wandb): its logger was checked against a stand-in only",
 }
 

@@ -43,6 +43,7 @@ COMMANDS = (
     "doctor",
     "export",
     "build-engine",
+    "triton",
     "train",
     "new",
     "data",
