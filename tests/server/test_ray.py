@@ -190,7 +190,7 @@ class Callers:
     """That all streams together have brought."""
 
     def ask(
-        self, questions: Sequence[dict[str, Any]], meanwhile: Callable[[], None] | None = None, after: int = 30
+        self, questions: Sequence[dict[str, Any]], meanwhile: Callable[[], None] | None = None, after: int = 3
     ) -> list[Said]:
         """`meanwhile` runs when all streams together have brought so many events."""
         self.num_events = 0
@@ -251,8 +251,8 @@ def test_replicas_say_what_chat_says(cluster: Cluster) -> None:
     asks = {"model": MODEL, "messages": asked(), "logprobs": True, "max_tokens": 40}
     expected = said_by_chat()
     assert {text for text, _ in Callers(cluster.url).ask([asks, {**asks, "stream": True}] * 4)} == {expected}
-    # Both have answered.
-    assert len(set(cluster.said(r"Model pid=\d+(?=.* POST /v1/chat/completions 200 )"))) == NUM_REPLICAS
+    answered = r"Model pid=\d+(?=.* POST /v1/chat/completions 200 )"
+    cluster.wait_until(lambda: len(set(cluster.said(answered))) == NUM_REPLICAS)
 
 
 @pytest.mark.slow
