@@ -234,7 +234,7 @@ def said_in(chunks: Iterable[dict[str, Any]]) -> Said:
     text = "".join(each["delta"].get("content", "") for each in choices)
     told = [token for each in choices if each["logprobs"] for token in each["logprobs"]["content"]]
     if all(token["bytes"] is not None for token in told):  # or else some are parts of a letter
-        assert "".join(token["token"] for token in told) == text
+        assert "".join(token["token"] for token in told) == text, repr(text)
     assert [each["delta"] for each in choices].count({"role": "assistant", "content": ""}) == 1
     return text, len(told)
 
