@@ -30,6 +30,8 @@ class Sampling:
     """The model does not end its answer before; for timing answers of one length."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer where they would begin."""
+    begin: tuple[int, ...] = ()
+    """Tokens that the answer begins with, whatever would be drawn: those that were told of it before it broke off."""
     logprobs: int | None = None
     """How many of the likeliest tokens are told beside each that is said; None: tokens are not told."""
 
