@@ -65,11 +65,11 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        self._random = np.random.default_rng(sampling.seed) if sampling.temperature else None
 
     def pick(self, logits: Logits) -> int:
         """A token id from `logits` [vocab]."""
-        if self._sampling.temperature == 0:
+        if self._random is None:
             return int(logits.argmax())
         probabilities = distribution(logits, self._sampling)
         return int(self._random.choice(len(probabilities), p=probabilities))

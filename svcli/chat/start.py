@@ -13,16 +13,10 @@ from svcli import ui
 from svcli.__main__ import INTERRUPTED
 from svcli.chat import facts
 from svcli.chat.arguments import Arguments
-from svcli.chat.commands import Desk
-from svcli.chat.compare import compare
-from svcli.chat.conversation import converse
 from svcli.chat.model import Model
-from svcli.chat.opening import Opening
 from svcli.chat.pictures import open_pictures
-from svcli.chat.reader import PlainReader, Reader, ScriptReader
 from svcli.chat.record import Events, Objects, Sink, open_log
 from svcli.chat.session import Session
-from svcli.chat.side_by_side import show_comparison
 from svcli.chat.turn import Teller, Turn
 from svcli.chat.view import ChatView
 from svcli.engines import EngineName
@@ -31,6 +25,9 @@ from svcli.remarks import remarks
 from svcli.settings import state_folder
 
 if TYPE_CHECKING:
+    from svcli.chat.commands import Desk
+    from svcli.chat.opening import Opening
+    from svcli.chat.reader import Reader
     from svcli_engines.sampling import Sampling
 
 _HISTORY = "chat_history"
@@ -104,6 +101,9 @@ def _once(given: Arguments, question: str, options: Options, view: ChatView, tel
         notes = _notes(session)
         view.note(*notes)
         if options.compares:
+            from svcli.chat.compare import compare
+            from svcli.chat.side_by_side import show_comparison
+
             with view.answering():
                 found = compare(session, question, view.wait)
             if options.as_json or options.as_jsonl:
@@ -123,6 +123,10 @@ def _once(given: Arguments, question: str, options: Options, view: ChatView, tel
 
 
 def _converse(given: Arguments, options: Options, view: ChatView, teller: Teller) -> int:
+    from svcli.chat.commands import Desk
+    from svcli.chat.conversation import converse
+    from svcli.chat.opening import Opening
+
     opening = Opening(lambda: open_session(given, options))
 
     def make_desk(session: Session) -> Desk:
@@ -137,6 +141,8 @@ def _converse(given: Arguments, options: Options, view: ChatView, teller: Teller
 
 
 def _reader(opening: Opening, options: Options, view: ChatView) -> Reader:
+    from svcli.chat.reader import PlainReader, ScriptReader
+
     if not sys.stdin.isatty():
         return ScriptReader(sys.stdin)
     greeting = f"{options.bundle.resolve().name}: ask; /help shows what else there is, Ctrl-D leaves"
