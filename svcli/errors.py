@@ -16,15 +16,13 @@ from typing import ParamSpec
 import typer
 
 from svcli import ui
-from svcli.__main__ import INTERRUPTED
+from svcli.__main__ import INTERRUPTED, MACHINE
 from svcli.settings import debugging
 
 Params = ParamSpec("Params")
 
 FAILURE = 1
 USAGE = 2
-MACHINE = 3
-"""This machine lacks something: TensorRT, a GPU, a driver, memory, room on the disk."""
 BROKEN_PIPE = 141
 """What a shell reports for a process whose reader has gone."""
 
@@ -52,7 +50,7 @@ _USERS_INPUT = frozenset(
 )
 _LACKING = frozenset({"MachineError", "NoMemoryError", "NoRoomError", "ProviderError"})
 _BROUGHT_BY = {
-    **dict.fromkeys(("PIL", "jinja2", "numpy", "tokenizers"), "svcli"),
+    **dict.fromkeys(("PIL", "jinja2", "markdown_it", "numpy", "prompt_toolkit", "pydantic", "tokenizers"), "svcli"),
     "datasets": "svcli[train]",
     "fastapi": "svcli[serve]",
     "huggingface_hub": "svcli[torch]",

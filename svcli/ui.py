@@ -1,8 +1,8 @@
 """What is drawn: results go to stdout, all else to stderr. This, terminal_pictures.py, training/panel.py, and view.py,
 markdown.py and side_by_side.py in chat/ alone know rich.
 
-Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals. It is imported where something
-is drawn, since help needs none of it.
+Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals. It is imported where
+something is drawn, since help needs none of it.
 """
 
 from __future__ import annotations
