@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from svcli import ui
 from svcli.__main__ import INTERRUPTED
 from svcli.chat import facts
 from svcli.chat.arguments import Arguments
+from svcli.chat.keys import silent_keys
 from svcli.chat.model import Model
 from svcli.chat.pictures import open_pictures
 from svcli.chat.record import Events, Objects, Sink, open_log
@@ -104,7 +107,7 @@ def _once(given: Arguments, question: str, options: Options, view: ChatView, tel
             from svcli.chat.compare import compare
             from svcli.chat.side_by_side import show_comparison
 
-            with view.answering():
+            with silent_keys():
                 found = compare(session, question, view.wait)
             if options.as_json or options.as_jsonl:
                 ui.show(json.dumps(found.told()))
@@ -134,26 +137,31 @@ def _converse(given: Arguments, options: Options, view: ChatView, teller: Teller
         return Desk(session, view, teller, options.allow_private)
 
     try:
-        reader = _reader(opening, options, view)
-        return converse(opening, reader, view, make_desk, [os.path.basename(name) or name for name in given.pictures])
+        names = [os.path.basename(name) or name for name in given.pictures]
+        with _reader(opening, options, view) as reader:
+            return converse(opening, reader, view, make_desk, names)
     finally:
         opening.close()
 
 
-def _reader(opening: Opening, options: Options, view: ChatView) -> Reader:
+@contextmanager
+def _reader(opening: Opening, options: Options, view: ChatView) -> Iterator[Reader]:
     from svcli.chat.reader import PlainReader, ScriptReader
 
     if not sys.stdin.isatty():
-        return ScriptReader(sys.stdin)
+        yield ScriptReader(sys.stdin)
+        return
     greeting = f"{options.bundle.resolve().name}: ask; /help shows what else there is, Ctrl-D leaves"
     if view.is_plain or not (sys.stderr.isatty() or sys.stdout.isatty()):
         opening.result()
         if not options.is_quiet:
             view.tell(greeting)
-        return PlainReader()
+        yield PlainReader()
+        return
     opening.begin()
     from svcli.chat.editor.prompt import LineEditor
 
     if not options.is_quiet:
         view.tell(greeting, dim=True)
-    return LineEditor(opening, state_folder() / _HISTORY)
+    with silent_keys(as_pressed=True):
+        yield LineEditor(opening, state_folder() / _HISTORY)
