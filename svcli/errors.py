@@ -121,7 +121,7 @@ def explain(error: BaseException) -> tuple[str, int]:
             return f'{module} is needed for this and not installed: pip install "{_BROUGHT_BY[module]}"', MACHINE
     if isinstance(error, OSError) and error.strerror:
         place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return f"{place}{error.strerror}", FAILURE
+        return f"{place}{error.strerror}", MACHINE if error.errno == errno.ENOSPC else FAILURE
     first_line = (str(error).strip().splitlines() or [""])[0][:_LONGEST]
     what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     return f"unexpected {what} (set SVCLI_DEBUG=1 to see where)", FAILURE

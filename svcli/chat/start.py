@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,8 @@ def _reader(opening: Opening, options: Options, view: ChatView) -> Iterator[Read
     from svcli.chat.reader import PlainReader, ScriptReader
 
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         yield ScriptReader(sys.stdin)
         return
     greeting = f"{options.bundle.resolve().name}: ask; /help shows what else there is, Ctrl-D leaves"

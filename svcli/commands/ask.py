@@ -180,7 +180,8 @@ def _write(file: IO[bytes], outcome: Outcome, run: str) -> None:
                 "visual_kept": stats.visual_tokens_kept,
             }
         }
-    file.write(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    # Half of a character is written as JSON has it, so that the row is known again.
+    file.write(json.dumps(said, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
     file.flush()
 
 

@@ -68,7 +68,7 @@ def chat(
     """
     if as_json and as_jsonl:
         raise UsageError("--json and --jsonl are two ways to say the same: take one of them")
-    from svcli.chat.arguments import read_arguments
+    from svcli.chat.arguments import as_text, read_arguments
     from svcli.chat.start import Options, start
     from svcli_engines.sampling import Sampling
 
@@ -77,7 +77,7 @@ def chat(
         engine=engine,
         threads=threads,
         variant=variant,
-        system=system,
+        system=None if system is None else as_text(system),
         sampling=Sampling(temperature, top_k, top_p, seed, max_new_tokens),
         as_json=as_json,
         as_jsonl=as_jsonl,

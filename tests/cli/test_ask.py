@@ -199,3 +199,15 @@ def test_another_engine_answers_the_same(bundle: Path, pictures: list[str], tmp_
     assert lines(outputs[0]) == lines(outputs[1])
     refused = ask(data, tmp_path / "more.jsonl", "--model", bundle, "--engine", "torch", "--parallel", "2", code=2)
     assert "torch runs one sequence at a time" in refused.stderr
+
+
+def test_half_a_character_is_a_row_that_failed_and_is_known_again(bundle: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"question": "a \ud800 b"}, {"question": "what is this?"}])
+    output = tmp_path / "out.jsonl"
+    ask(data, output, "--model", bundle, *SHORT, code=1)
+    first, second = lines(output)
+    assert "half of a character" in first["error"]
+    assert second["answer"]
+    again = ask(data, output, "--model", bundle, *SHORT, code=1)
+    assert "2 of 2 rows are answered already" in again.stderr
+    assert lines(output) == [first, second]

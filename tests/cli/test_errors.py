@@ -72,6 +72,7 @@ def test_an_installation_that_lacks_a_package_is_a_sentence(command: list[str], 
 def test_an_os_error_names_the_file() -> None:
     error = PermissionError(errno.EACCES, "Permission denied", "secret.png")
     assert explain(error) == ("secret.png: Permission denied", 1)
+    assert explain(OSError(errno.ENOSPC, "No space left on device", "log.jsonl"))[1] == 3
 
 
 @pytest.mark.parametrize(
