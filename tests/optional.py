@@ -28,6 +28,7 @@ OPTIONAL = {
         " the bundled one for sm_80, sm_89 and sm_120 were not built"
     ),
     "tensorboard": "no tensorboard (pip install tensorboard): what a run logs to it was not read back",
+    "tmux": "no tmux (apt install tmux): no terminal was resized while an answer came",
     "transformers": "no transformers (pip install transformers): our models and sizes were not held against theirs",
     "triton": (
         "SVCLI_TRITON is not set to a folder with Triton's server (pip install --no-deps --target FOLDER"

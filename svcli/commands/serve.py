@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svcli import ui
+from svcli.answer_options import Engine, Threads
 from svcli.engines import EngineName
 from svcli.errors import FAILURE, UsageError
 from svcli.remarks import remarks
@@ -41,10 +42,8 @@ def serve(
             "--variant", metavar="V", help="A variant to serve beside it, as NAME:V, such as dense; repeatable."
         ),
     ] = None,
-    engine: Annotated[
-        EngineName, typer.Option(metavar="NAME", help="What runs the bundle, as for `svcli chat`.")
-    ] = EngineName.ONNXRUNTIME,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    engine: Engine = EngineName.ONNXRUNTIME,
+    threads: Threads = None,
     parallel: Annotated[
         int | None,
         typer.Option(

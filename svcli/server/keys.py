@@ -18,7 +18,7 @@ def read_key(variable: str | None, file: Path | None) -> str | None:
     if variable is not None and file is not None:
         raise UsageError("--api-key-env and --api-key-file: one of them")
     if file is not None:
-        place, key = str(file), file.read_text(encoding="utf-8").strip()
+        place, key = str(file), file.read_bytes().decode(errors="replace").strip()
     else:
         place = variable or KEY_VARIABLE
         key = os.environ.get(place, "").strip()

@@ -259,12 +259,15 @@ def test_replicas_say_what_chat_says(cluster: Cluster) -> None:
 
 @pytest.mark.slow
 def test_no_request_is_lost_when_a_replica_is_killed_under_load(cluster: Cluster, undisturbed: list[Said]) -> None:
-    killed = min(cluster.replicas())
-    answers = Callers(cluster.url).ask(many(), lambda: os.kill(killed, signal.SIGKILL))
-    assert answers == undisturbed
-    cluster.wait_until(lambda: bool(cluster.said("asking again")))
-    cluster.wait_until(cluster.is_whole)
-    assert killed not in cluster.replicas()
+    for _ in range(5):  # the one that is killed may just have answered all that it had
+        killed = min(cluster.replicas())
+        answers = Callers(cluster.url).ask(many(), lambda victim=killed: os.kill(victim, signal.SIGKILL))
+        assert answers == undisturbed
+        cluster.wait_until(cluster.is_whole)
+        assert killed not in cluster.replicas()
+        if cluster.said("asking again"):
+            return
+    pytest.fail("no replica ever had a request when it was killed")
 
 
 @pytest.mark.slow

@@ -315,6 +315,15 @@ def test_what_is_not_safe_or_not_there_is_refused(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_key_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\x89PNG\xff")
+    done = CliRunner().invoke(app, ["serve", "--port", "0", "--api-key-file", str(tmp_path / "key")])
+    assert (done.exit_code, done.stderr) == (
+        2,
+        f"Error: {tmp_path / 'key'}: a key is of ASCII letters, digits and signs\n",
+    )
+
+
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
