@@ -115,7 +115,7 @@ def test_other_runtime_is_refused(
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
-        (lambda record: record.update(format_version=2), "its format 2 is not the 1"),
+        (lambda record: record.update(format_version=1), "its format 1 is not the 2"),
         (lambda record: record.pop("format_version"), "its format None"),
         (lambda record: record.update(max_context=512), "built for 512 rows of context"),
         (lambda record: record.update(capacity=99), "(99 cached)"),
