@@ -169,6 +169,11 @@ class TensorRTPool(SlotPool[TensorRTSlot]):
         slots = (TensorRTSlot(self._plans, number, took) for number in range(self._plans.num_slots))
         super().__init__(slots, tuple(self._plans.steps))
 
+    @property
+    def decode_modes(self) -> dict[int, str]:
+        """How a step over so many slots, from the first on, is decoded, as `Step` says it."""
+        return {size: step.mode for size, step in self._plans.steps.items()}
+
     def close(self) -> None:
         super().close()
         self._plans.close()

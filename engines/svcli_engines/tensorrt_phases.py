@@ -139,18 +139,18 @@ class OpenPlans:
         """
         if slots.start == 0 and slots.stop in self.steps:
             return self._run_step(self.steps[slots.stop], feeds, slots.stop)
-        return self.run("decode" if len(slots) == 1 else "batch", feeds, count=len(slots), slots=slots)[0]
+        (logits,) = self.run("decode" if len(slots) == 1 else "batch", feeds, count=len(slots), slots=slots)
+        return logits
 
     def cache(self, name: str, slot: int) -> Array:
         """The cache [G, C, d] of one slot, which stays until the next is asked for."""
         shape, dtype = self.contract.cache_shape, self.contract.compute_dtype
         if self._cache_host is None:  # for comparing engines only, so not at the start
             self._cache_host = self._cuda.allocate_host(num_bytes(shape, dtype))
-        whole = Buffer(self._cache_addresses(slot)[name], self._cache_host)
-        rows = whole.view(shape, dtype)
-        self._cuda.to_host(rows, whole.address)
+        rows = Buffer(self._cache_addresses(slot)[name], self._cache_host).view(shape, dtype)
+        self._cuda.to_host(rows, self._cache_addresses(slot)[name])
         self._cuda.synchronize()
-        return rows[0]
+        return rows.reshape(shape[1:])
 
     def close(self) -> None:
         self._cuda.drain()

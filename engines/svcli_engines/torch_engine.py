@@ -159,7 +159,8 @@ class TorchSlot(Slot):
         if len(input_ids) == 1:
             numbers = np.array([[*input_ids, self._next_position, self._length]], np.int64)
             rows = {"input_ids": numbers[:, :1], "position_ids": numbers[:, 1:2], "write_index": numbers[:, 2]}
-            return shared.decode(self._place, rows)[0]
+            logits: Logits = shared.decode(self._place, rows)[0]
+            return logits
         cache = shared.part(self._place, self._length, self._next_position)
         return _numpy(shared.model.decode(torch.tensor([input_ids], device=shared.device), cache)[0, -1])
 
@@ -275,6 +276,11 @@ class TorchPool(SlotPool[TorchSlot]):
         model, precision = _open(bundle, manifest, None, device)
         capacity = manifest.contract.capacity
         return cls(model, capacity=capacity, num_slots=num_slots, device=device, precision=precision, started=start)
+
+    @property
+    def decode_modes(self) -> dict[int, str]:
+        """How a step over so many slots, from the first on, is decoded, as `DecodeStep` says it."""
+        return {size: step.mode for size, step in self._shared.steps.items()}
 
     def close(self) -> None:
         super().close()
