@@ -307,7 +307,7 @@ def test_many_answers_take_as_many_slots_as_the_plans_are_for(
             assert len(opened.slots) == num_slots
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "what is this?"}\n' * 4)
-    asked = ["ask", questions, "--model", planned, "--engine", "tensorrt", "--max-new-tokens", "4"]
+    asked: list[str | Path] = ["ask", questions, "--model", planned, "--engine", "tensorrt", "--max-new-tokens", "4"]
     svcli(*asked, "-o", tmp_path / "answers.jsonl")
     told = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(told) == 4
