@@ -50,7 +50,7 @@ def serve(
             min=1,
             max=1024,
             metavar="N",
-            help="Answers at a time, each with a KV cache of its own; on onnxruntime up to 8, as fit 1 GiB.",
+            help="Answers at a time, each with a KV cache of its own; up to 8, as fit 1 GiB, or what plans are for.",
         ),
     ] = None,
     queue: Annotated[

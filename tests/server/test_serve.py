@@ -299,11 +299,7 @@ def test_a_second_signal_ends_at_once(endless: Path) -> None:
             "--api-key-env and --api-key-file: one of them",
         ),
         ([], {"SVCLI_API_KEY": "\u00e9"}, "SVCLI_API_KEY: a key is of ASCII letters"),
-        (
-            ["--engine", "torch", "--parallel", "2"],
-            {},
-            "torch runs one sequence at a time",
-        ),
+        (["--engine", "torch", "--threads", "2"], {}, "--threads is for onnxruntime, not for torch"),
     ],
 )
 def test_what_is_not_safe_or_not_there_is_refused(
