@@ -136,7 +136,7 @@ def _is_stream(start: Message) -> bool:
 
 def _said(events: bytes) -> list[Any]:
     """What some events say of the answer itself: its text and how it ends, not how likely it was or what it took."""
-    found = []
+    found: list[Any] = []
     for line in events.decode().split("\n\n"):
         data = line.removeprefix("data: ")
         if not data or line == DONE.strip():

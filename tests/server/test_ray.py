@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -261,7 +262,7 @@ def test_replicas_say_what_chat_says(cluster: Cluster) -> None:
 def test_no_request_is_lost_when_a_replica_is_killed_under_load(cluster: Cluster, undisturbed: list[Said]) -> None:
     for _ in range(5):  # the one that is killed may just have answered all that it had
         killed = min(cluster.replicas())
-        answers = Callers(cluster.url).ask(many(), lambda victim=killed: os.kill(victim, signal.SIGKILL))
+        answers = Callers(cluster.url).ask(many(), partial(os.kill, killed, signal.SIGKILL))
         assert answers == undisturbed
         cluster.wait_until(cluster.is_whole)
         assert killed not in cluster.replicas()

@@ -203,6 +203,7 @@ def write_plans(plans: PlanSet) -> None:
         backend_version="11.0",
         target=plans.target,
         layout="split",
+        num_sequences=1,
         precision=contract.precision,
         max_context=contract.max_context,
         capacity=contract.capacity,
