@@ -3,9 +3,10 @@
     python -m benchmarks.gpu_engine [--bundle BUNDLE] [--rounds N] [--result FILE]
 
 The bundled model and the same without skipping, in every precision and with decoding compiled, are held against the
-CPU as `svcli verify` does it: the same pictures, visual rows and tokens, stage by stage, KV cache included. Then both
-models answer in turn, as the engine does it: prefill from Python, single ids by a captured graph. The model is small:
-on a GPU it mostly shows what a launch costs. Sizes of real models are those of `benchmarks.gpu_speed`.
+CPU as `svcli verify` does it: the same pictures, visual rows and tokens, stage by stage, KV cache included. So are
+slots of a pool, whose steps are those of several sequences. Then both models answer in turn, as the engine does it:
+prefill from Python, single ids by a captured graph. The model is small: on a GPU it mostly shows what a launch costs.
+Sizes of real models are those of `benchmarks.gpu_speed`.
 
 Needs torch with CUDA. Exit code 3 where there is no CUDA device, 1 where an engine answers otherwise than the CPU's or
 decodes without its graph; nothing is written then.
@@ -30,9 +31,10 @@ from benchmarks.gpu_check import NO_DEVICE
 from benchmarks.measuring import RESULTS, compared, surroundings, write_results
 from skipvision.layout import TokenLayout
 from skipvision.model import SkipVisionModel
+from svcli_engines.base import Logits
 from svcli_engines.compare import Comparison, Sample, Trace, compare, trace
 from svcli_engines.processor import Processor, Prompt
-from svcli_engines.torch_engine import Device, TorchEngine, TorchPrecision
+from svcli_engines.torch_engine import Device, TorchEngine, TorchPool, TorchPrecision
 from svcli_export.agreement import CHECK_QUESTION, NUM_TOKENS, TOLERANCES
 from svcli_export.chat import Message
 from svcli_export.manifest import load_manifest
@@ -82,6 +84,40 @@ def checked(subject: Subject, device: Device) -> Iterator[tuple[Comparison, str]
         with closing(subject.engine(device, precision, compiled=compiled)) as engine:
             found = compare(engine, wanted, subject.samples, TOLERANCES[precision], num_layers)
             yield found, engine.code
+
+
+class Stepped:
+    """A slot as an engine whose single ids are steps of its pool."""
+
+    def __init__(self, pool: TorchPool, number: int) -> None:
+        self._pool, self._number = pool, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool.slots[self._number], name)
+
+    @property
+    def decode_mode(self) -> str:
+        """Of the step over the slots up to this one."""
+        return self._pool.decode_modes.get(self._number + 1, "eager")
+
+    def extend(self, input_ids: Sequence[int]) -> Logits:
+        (token,) = input_ids
+        return self._pool.step({self._number: token})[self._number]
+
+
+def pooled(subject: Subject, device: Device) -> Iterator[tuple[Comparison, int]]:
+    """The last of the first two and of the first four slots, in every mode, against fp32 on the CPU."""
+    num_layers = subject.model.config.text.num_layers
+    with closing(subject.engine("cpu")) as engine:
+        wanted = [trace(engine, sample, num_layers) for sample in subject.samples]
+        capacity = engine.capacity
+    for precision, compiled in MODES:
+        model = copy.deepcopy(subject.model)
+        pool = TorchPool(model, capacity=capacity, num_slots=4, device=device, precision=precision, compiled=compiled)
+        with closing(pool):
+            for number in (1, 3):
+                slot: Any = Stepped(pool, number)
+                yield compare(slot, wanted, subject.samples, TOLERANCES[precision], num_layers), number
 
 
 def answered(engine: TorchEngine, sample: Sample) -> dict[str, float]:
@@ -145,6 +181,12 @@ def run(bundle: Path, device: Device, rounds: int) -> dict[str, Any]:
                 problems.append(f"{about}: no graph")
             checks.append({"model": name, "precision": comparison.precision, "code": code})
             checks[-1] |= {"agreement": comparison.agreement, "decode_mode": comparison.decode_mode}
+        for comparison, number in pooled(subject, device):
+            about = f"{name} {comparison.precision}, slot {number} of a pool, decoding: {comparison.decode_mode}"
+            print(f"{about}: {comparison.agreement:.1%} of {comparison.num_tokens} tokens", flush=True)
+            problems += [f"{about}: {problem}" for problem in comparison.problems]
+            if device == "cuda" and comparison.decode_mode != "graph":
+                problems.append(f"{about}: no graph")
     if problems:
         raise SystemExit("\n".join(problems))
     return {"precision": _TIMED[0], "checks": checks, "stages": timed(found, device, rounds)}

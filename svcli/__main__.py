@@ -10,6 +10,8 @@ from typing import TextIO
 
 INTERRUPTED = 130
 """What a shell reports for a process that Ctrl-C has ended."""
+MACHINE = 3
+"""This machine lacks something: TensorRT, a GPU, a driver, a package, memory, room on the disk."""
 
 
 def main() -> None:
@@ -40,6 +42,16 @@ def _main() -> None:
         app(prog_name="svcli")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except ImportError as error:
+        # Of a package that even telling errors needs; commands tell their own.
+        from svcli.settings import debugging
+
+        if debugging():
+            raise
+        what = (error.name or str(error)).split(".")[0]
+        lacks = "is needed and not installed" if isinstance(error, ModuleNotFoundError) else "cannot be imported"
+        sys.stderr.write(f"Error: {what} {lacks}: pip install --force-reinstall svcli\n")
+        sys.exit(MACHINE)
     except BrokenPipeError:
         from svcli.errors import BROKEN_PIPE, silence_stdout
 

@@ -21,6 +21,7 @@ from svcli.commands.profile import profile
 from svcli.commands.serve import serve
 from svcli.commands.sweep import sweep
 from svcli.commands.train import train
+from svcli.commands.triton import triton
 from svcli.commands.verify import verify
 from svcli.errors import reported
 
@@ -32,7 +33,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, ask, serve, sweep, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
+_COMMANDS = (
+    *(chat, ask, serve, sweep, inspect, cost, profile, verify, doctor),
+    *(export, build_engine, triton, train, new),
+)
+for command in _COMMANDS:
     app.command()(reported(command))
 app.command("eval")(reported(evaluate))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")

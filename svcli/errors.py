@@ -16,15 +16,13 @@ from typing import ParamSpec
 import typer
 
 from svcli import ui
-from svcli.__main__ import INTERRUPTED
+from svcli.__main__ import INTERRUPTED, MACHINE
 from svcli.settings import debugging
 
 Params = ParamSpec("Params")
 
 FAILURE = 1
 USAGE = 2
-MACHINE = 3
-"""This machine lacks something: TensorRT, a GPU, a driver, memory, room on the disk."""
 BROKEN_PIPE = 141
 """What a shell reports for a process whose reader has gone."""
 
@@ -55,7 +53,7 @@ _USERS_INPUT = frozenset(
 )
 _LACKING = frozenset({"MachineError", "NoMemoryError", "NoRoomError", "ProviderError"})
 _BROUGHT_BY = {
-    **dict.fromkeys(("PIL", "jinja2", "numpy", "tokenizers"), "svcli"),
+    **dict.fromkeys(("PIL", "jinja2", "markdown_it", "numpy", "prompt_toolkit", "pydantic", "tokenizers"), "svcli"),
     "datasets": "svcli[train]",
     "fastapi": "svcli[serve]",
     "huggingface_hub": "svcli[torch]",
@@ -127,7 +125,7 @@ def explain(error: BaseException) -> tuple[str, int]:
             return f'{module} is needed for this and not installed: pip install "{_BROUGHT_BY[module]}"', MACHINE
     if isinstance(error, OSError) and error.strerror:
         place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return f"{place}{error.strerror}", FAILURE
+        return f"{place}{error.strerror}", MACHINE if error.errno == errno.ENOSPC else FAILURE
     first_line = (str(error).strip().splitlines() or [""])[0][:_LONGEST]
     what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     return f"unexpected {what} (set SVCLI_DEBUG=1 to see where)", FAILURE

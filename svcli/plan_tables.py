@@ -31,6 +31,7 @@ def render(plans: PlanSet, record: PlanRecord, contract: Contract, remarks: dict
     built = f"{record.backend} {record.backend_version} for {record.target}, {record.layout} layout, {record.precision}"
     per_layer = ui.size_change(full.bytes_per_layer, reduced.bytes_per_layer)
     memory = f"KV cache {per_layer} a layer, {full.rows}→{reduced.rows} rows; prompts up to {record.max_context} rows"
+    memory += f"; {record.num_sequences} sequences at a time" if record.num_sequences > 1 else ""
     # A title would be folded to the width of its table.
     ui.show(f"{plans.folder}: {built}")
     ui.show(memory)

@@ -1,7 +1,8 @@
 """What is drawn: results go to stdout, all else to stderr. This, terminal_pictures.py, training/panel.py, and view.py,
 markdown.py and side_by_side.py in chat/ alone know rich.
 
-Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals.
+Plain text where the stream is no terminal; rich itself honours NO_COLOR and dumb terminals. It is imported where
+something is drawn, since help needs none of it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,11 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as BarProgress
-from rich.table import Column, Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 # Answers and file names may hold anything; none of it may steer the terminal.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -31,21 +29,22 @@ def printable(text: str) -> str:
     return _CONTROL_CHARACTERS.sub("\ufffd", text)
 
 
-class _Results(Console):
-    """stdout, whose reader may go."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def stdout() -> Console:
+    from rich.console import Console
+
+    class Results(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     # Where no terminal sets a width, tables get room enough not to be folded.
     width = None if sys.stdout.isatty() else 160
-    return _Results(highlight=False, markup=False, emoji=False, width=width)
+    return Results(highlight=False, markup=False, emoji=False, width=width)
 
 
 def stderr(*, is_plain: bool = False) -> Console:
     """`is_plain`: no escape sequence, whatever the terminal can."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False, markup=False, emoji=False, color_system=None if is_plain else "auto")
 
 
@@ -86,6 +85,8 @@ def welcome(greeting: str, first_steps: Sequence[tuple[str, str]]) -> None:
 
 def pairs(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
     """A title and what is known about it, one fact a line, on stdout or another console."""
+    from rich.table import Table
+
     view = Table(title=printable(title), show_header=False, **_TABLE_STYLE)
     view.add_column(style="dim", no_wrap=True)
     view.add_column(overflow="fold")
@@ -96,6 +97,9 @@ def pairs(title: str, rows: Sequence[tuple[str, str]], console: Console | None =
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout. Where that is too narrow for it, each row is one list of what its columns say."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
     console = stdout()
     view = Table(title=title, header_style="dim", **_TABLE_STYLE)
     for column in columns:
@@ -141,6 +145,8 @@ def duration(seconds: float) -> str:
 
 
 def _remark(label: str, style: str, message: str, console: Console) -> None:
+    from rich.text import Text
+
     text = Text.assemble((label, style), " ", encodable(console, printable(message)))
     # One line for programs, whole words for people.
     console.print(text, soft_wrap=not console.is_terminal)
@@ -161,6 +167,10 @@ class Progress:
     """Where there is less room, the bar and the times are worth more."""
 
     def __init__(self, is_quiet: bool = False) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as BarProgress
+        from rich.table import Column
+
         self._is_quiet = is_quiet
         self._console = stderr()
         self._live = not is_quiet and self._console.is_terminal and not self._console.is_dumb_terminal

@@ -21,6 +21,7 @@ OPTIONAL = {
         "no lmms-eval (pip install lmms-eval): the model for it was checked against a stand-in of its interface only"
     ),
     "nvrtc": 'no NVRTC (pip install "nvidia-cuda-nvrtc>=13.0,<13.1"): no PTX was compiled',
+    "ray": "no Ray Serve (pip install 'ray[serve]>=2.60'): replicas were not killed under load",
     "tensorrt": (
         "SVCLI_TENSORRT_WHEELS is not set to a folder with tensorrt-cu13-bindings and tensorrt-lean-cu13-libs"
         " (pip install --no-deps --target FOLDER): registration was checked against the recorded interface only"
@@ -30,7 +31,12 @@ OPTIONAL = {
         " the bundled one for sm_80, sm_89 and sm_120 were not built"
     ),
     "tensorboard": "no tensorboard (pip install tensorboard): what a run logs to it was not read back",
+    "tmux": "no tmux (apt install tmux): no terminal was resized while an answer came",
     "transformers": "no transformers (pip install transformers): our models and sizes were not held against theirs",
+    "triton": (
+        "SVCLI_TRITON is not set to a folder with Triton's server (pip install --no-deps --target FOLDER"
+        ' nvidia-pytriton "numpy<2" tritonclient python-rapidjson): its model met a stand-in only'
+    ),
     "wandb": "no wandb (pip install wandb): its logger was checked against a stand-in only",
 }
 

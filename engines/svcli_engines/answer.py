@@ -52,11 +52,6 @@ class Stats:
     decode_tokens_per_second: float
     """Of the tokens after the first; 0 where there are none."""
 
-    @property
-    def extended(self) -> bool:
-        """The cache of a turn before was used."""
-        return self.num_shared_rows > 0
-
 
 class KnownCache:
     """An engine, and the units that its KV cache holds."""

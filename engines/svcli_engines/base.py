@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -117,21 +117,11 @@ class Pool(Protocol):
         Logits [vocab] of each. Raises EngineError as `extend` does, and then no slot has changed.
         """
 
+    def width(self, numbers: Collection[int]) -> int:
+        """Sequences that `step` computes for these slots, idle ones among them."""
+
     def close(self) -> None:
         """Frees what all slots hold."""
-
-
-class Alone:
-    """The pool of an engine that runs one sequence."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.slots = (engine,)
-
-    def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
-        return {slot: self.slots[slot].extend([token]) for slot, token in new_ids.items()}
-
-    def close(self) -> None:
-        self.slots[0].close()
 
 
 def together(pictures: Sequence[Visual]) -> Visual | None:

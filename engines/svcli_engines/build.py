@@ -247,6 +247,7 @@ class _Work:
             precision=contract.precision,
             max_context=self.options.max_context or contract.max_context,
             capacity=contract.capacity,
+            num_sequences=self.options.num_sequences,
             sources=built_from(self.manifest),
             plans=dict(files),
         )

@@ -13,12 +13,16 @@ from pathlib import Path
 from svcli_engines import environment
 from svcli_engines.base import MachineError
 from svcli_engines.builder_process import BuildError, Tools
-from svcli_engines.plans import Backend, EngineLayout
+from svcli_engines.plans import PLACES, Backend, EngineLayout
 from svcli_export.manifest import Manifest
 
 _TARGET = re.compile(r"sm_\d{2,3}")
 _REFUSED = frozenset({"sm_75"})
 """What TensorRT-RTX names, and builds no vision graph for."""
+_ALIGNMENT = 256
+"""Bytes, of which every cache begins at a multiple, those of several sequences in one buffer too."""
+_BYTES = 2
+"""Of a number in fp16."""
 _GROWTH, _SLACK = 1.25, 16 << 20
 """A plan is its weights, some of them packed anew, and code."""
 
@@ -37,6 +41,8 @@ class Options:
     """Rows of the longest prompt, as the plain model counts them; the bundle's own limit if None."""
     workspace: int | None = None
     """Most bytes of scratch memory for a kernel; TensorRT's own limit if None."""
+    num_sequences: int = 1
+    """That decode runs at once, at most."""
     timing_cache: Path | None = None
     """Where TensorRT keeps what it measured from one build to the next."""
 
@@ -68,6 +74,8 @@ def check_options(bundle: Path, manifest: Manifest, options: Options, targets: S
             f"--max-context {options.max_context} is more than the {contract.max_context} that are baked into {bundle};"
             f" write it anew: {_export(bundle, 'long', f'--max-context {options.max_context}')}"
         )
+    if options.num_sequences > 1:
+        _check_sequences(bundle, manifest, options)
     for target in targets:
         if not _TARGET.fullmatch(target):
             raise BuildOptionError(f"--target {target}: write a compute capability, such as sm_89 for 8.9")
@@ -77,6 +85,20 @@ def check_options(bundle: Path, manifest: Manifest, options: Options, targets: S
         raise BuildOptionError("--timing-cache: TensorRT-RTX measures nothing while it builds; leave it out")
     if not options.timing_cache.absolute().parent.is_dir():
         raise BuildOptionError(f"--timing-cache {options.timing_cache}: there is no such folder to write it to")
+
+
+def _check_sequences(bundle: Path, manifest: Manifest, options: Options) -> None:
+    contract, asked = manifest.contract, f"--sequences {options.num_sequences}"
+    if "batch" not in PLACES[options.layout]:
+        raise BuildOptionError(f"{asked}: a shared decoder runs one sequence; leave --engine-layout out")
+    row = contract.num_kv_heads * contract.head_dim * _BYTES
+    more = next(rows for rows in range(_ALIGNMENT) if (contract.capacity + rows) * row % _ALIGNMENT == 0)
+    if more:
+        context = contract.max_context + more
+        raise BuildOptionError(
+            f"{asked}: a KV cache of {contract.capacity} rows would not let the next one begin at a multiple of"
+            f" {_ALIGNMENT} bytes; write the bundle anew: {_export(bundle, 'long', f'--max-context {context}')}"
+        )
 
 
 def find_gpu() -> LocalGpu:

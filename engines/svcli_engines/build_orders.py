@@ -18,6 +18,7 @@ from svcli_engines.plans import (
     RECIPES_FILE,
     PlanError,
     PlanFile,
+    PlanPhase,
     PlanRecord,
     PlanSet,
     ShapeRange,
@@ -27,7 +28,7 @@ from svcli_engines.plans import (
     plan_files,
 )
 from svcli_engines.plugins.compile import SOURCE
-from svcli_export.contract import CACHE_PARTS, GraphName, build_contract, past_name, present_name
+from svcli_export.contract import CACHE_PARTS, build_contract, past_name, present_name
 from svcli_export.manifest import FileEntry, Manifest, file_entry
 
 
@@ -71,8 +72,8 @@ def plan_parts(bundle: Path, manifest: Manifest, options: Options) -> list[Part]
     caches = {past_name(layer, part): present_name(layer, part) for layer, part in each}
     parts = []
     for file in plan_files(options.layout):
-        phases = phases_of(options.layout, file)
-        graph = plan_graph(bundle, manifest, options.layout, file, options.backend)
+        phases = phases_of(options.layout, file, options.num_sequences)
+        graph = plan_graph(bundle, manifest, options.layout, file, options.backend, options.num_sequences)
         nodes = plugin_nodes(graph)
         parts.append(
             Part(
@@ -100,14 +101,14 @@ def plan_order(plans: PlanSet, manifest: Manifest, options: Options, parts: Sequ
     return Order(plans, recipes, old, kept, tuple(part for part in parts if part.file not in kept))
 
 
-def _ranges(manifest: Manifest, options: Options, phase: GraphName) -> dict[str, ShapeRange]:
+def _ranges(manifest: Manifest, options: Options, phase: PlanPhase) -> dict[str, ShapeRange]:
     """Range of every input of a phase; a smaller --max-context bounds the rows, not the cache, which is baked in."""
     contract = manifest.contract
-    whole = phase_ranges(contract, options.layout, phase)
+    whole = phase_ranges(contract, options.layout, phase, options.num_sequences)
     if options.max_context is None:
         return whole
     shorter = build_contract(manifest.config, options.max_context, contract.max_images, contract.precision)
-    bounded = phase_ranges(shorter, options.layout, phase)
+    bounded = phase_ranges(shorter, options.layout, phase, options.num_sequences)
     return {name: each if each.min == each.max else bounded[name] for name, each in whole.items()}
 
 

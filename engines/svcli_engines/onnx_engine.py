@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,17 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from onnxruntime import InferenceSession, IOBinding, OrtValue
 
-from skipvision.layout import TokenLayout, read_ids
+from skipvision.layout import Ints, TokenLayout, read_ids
 from skipvision.tiles import Cut
-from svcli_engines.base import (
-    Logits,
-    Pixels,
-    Visual,
-    check_extend,
-    check_positions,
-    check_prefill,
-    check_rewind,
-)
+from svcli_engines.base import Logits, Pixels, Visual
+from svcli_engines.slots import Slot, SlotPool
 from svcli_export.contract import CACHE_PARTS, MOSAIC_INDEX, CachePart, GraphName, past_name, present_name
 from svcli_export.feeds import no_visual, prompt_feeds
 from svcli_export.manifest import Manifest
@@ -94,105 +87,54 @@ class _Shared:
         self.caches.clear()
 
 
-class OnnxSlot:
+class OnnxSlot(Slot):
     """One sequence of a pool."""
 
     can_append = True
 
     def __init__(self, shared: _Shared, number: int) -> None:
+        super().__init__(shared.contract.capacity, shared.contract.max_positions)
         self.name = f"onnxruntime-{shared.provider}"
         self.precision: str = shared.contract.precision
         self._shared, self._contract, self._number = shared, shared.contract, number
-        self._length = 0
-        self._next_position = 0
 
     @property
     def load_seconds(self) -> float:
         return self._shared.load_seconds
 
     @property
-    def capacity(self) -> int:
-        return self._contract.capacity
-
-    @property
     def kv_bytes_per_row(self) -> int:
         return self._contract.kv_bytes_per_row
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def next_position(self) -> int:
-        return self._next_position
 
     def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
         shared = self._shared
         return Visual(*run_vision(shared.session("vision"), self._contract, shared.config, pixels, cut))
-
-    def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        return self._fill(input_ids, visual, layout, 0, 0)
-
-    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        return self._fill(input_ids, visual, layout, self._length, self._next_position)
-
-    def _fill(
-        self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout, length: int, next_position: int
-    ) -> Logits:
-        """The rows of `layout` behind the first `length` rows of the cache."""
-        check_prefill(layout, visual, self.capacity, length)
-        check_positions(next_position + layout.length, self._contract.max_positions)
-        rows = no_visual(self._contract) if visual is None else visual.rows
-        if MOSAIC_INDEX in self._contract.graph("vision").input_names:
-            rows = rows.reshape(1, -1, rows.shape[-1])
-        feeds: dict[str, npt.NDArray[Any]] = {
-            "input_ids": np.array([read_ids(input_ids, self._shared.config.text.vocab_size)], np.int64),
-            "visual": rows,
-            **prompt_feeds(layout, length, next_position),
-        }
-        names = self._contract.graph("prefill").input_names
-        self._length, self._next_position = length, next_position
-        logits = self._run("prefill", {name: feeds[name] for name in feeds if name in names})
-        self._length, self._next_position = length + layout.num_kept, next_position + layout.length
-        return logits
-
-    def extend(self, input_ids: Sequence[int]) -> Logits:
-        num_new = len(input_ids)
-        self.check_room(num_new)
-        positions = np.arange(self._next_position, self._next_position + num_new, dtype=np.int64)
-        feeds = {
-            "input_ids": np.array([input_ids], np.int64),
-            "position_ids": positions[None],
-            "write_index": np.array([self._length], np.int64),
-        }
-        logits = self._run("decode", feeds)
-        self.grow(num_new)
-        return logits
-
-    def check_room(self, num_new: int) -> None:
-        """Raises EngineError where `extend` by so many ids would."""
-        check_extend(num_new, self._length, self.capacity)
-        check_positions(self._next_position + num_new, self._contract.max_positions)
-
-    def grow(self, num_new: int) -> None:
-        """Counts rows that were written behind the cache."""
-        self._length, self._next_position = self._length + num_new, self._next_position + num_new
-
-    def rewind(self, num_rows: int, next_position: int) -> None:
-        check_rewind(num_rows, self._length)
-        self._length, self._next_position = num_rows, next_position
 
     def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
         """A copy [G, length, d] of the rows in use of one layer's K or V."""
         whole = self._shared.caches[layer, part].numpy()[self._number]
         return whole[:, : self._length].astype(np.float32)  # type: ignore[no-any-return]
 
-    def reset(self) -> None:
-        self._length = self._next_position = 0
+    def _write_prompt(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        rows = no_visual(self._contract) if visual is None else visual.rows
+        if MOSAIC_INDEX in self._contract.graph("vision").input_names:
+            rows = rows.reshape(1, -1, rows.shape[-1])
+        feeds: dict[str, npt.NDArray[Any]] = {
+            "input_ids": np.array([read_ids(input_ids, self._shared.config.text.vocab_size)], np.int64),
+            "visual": rows,
+            **prompt_feeds(layout, self._length, self._next_position),
+        }
+        names = self._contract.graph("prefill").input_names
+        return self._run("prefill", {name: feeds[name] for name in feeds if name in names})
 
-    def close(self) -> None:
-        """Empties the cache; the memory is the pool's."""
-        self.reset()
+    def _write_ids(self, input_ids: Sequence[int]) -> Logits:
+        positions = np.arange(self._next_position, self._next_position + len(input_ids), dtype=np.int64)
+        feeds = {
+            "input_ids": np.array([input_ids], np.int64),
+            "position_ids": positions[None],
+            "write_index": np.array([self._length], np.int64),
+        }
+        return self._run("decode", feeds)
 
     def _run(self, graph: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> Logits:
         logits: Logits = self._shared.run(graph, feeds, range(self._number, self._number + 1))[0]
@@ -216,8 +158,8 @@ class OnnxEngine(OnnxSlot):
         self._shared.close()
 
 
-class OnnxPool:
-    """Several sequences on the same graphs, each with a cache of its own. For one thread: nothing here is locked."""
+class OnnxPool(SlotPool[OnnxSlot]):
+    """Several sequences on the same graphs, each with a cache of its own."""
 
     def __init__(
         self,
@@ -230,44 +172,11 @@ class OnnxPool:
     ) -> None:
         """Allocates all caches; else as `OnnxEngine`."""
         self._shared = _Shared(bundle, manifest, provider, num_threads, num_slots)
-        self.slots = tuple(OnnxSlot(self._shared, number) for number in range(num_slots))
-
-    def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
-        """As Pool says. Idle slots between those asked for are computed too, so low numbers side by side are best."""
-        for number in new_ids:
-            self.slots[number].check_room(1)
-        logits: dict[int, Logits] = {}
-        for run in self._runs(new_ids):
-            found = self._shared.run("decode", self._feeds(new_ids, run), run)
-            logits |= {number: row for number, row in zip(run, found, strict=True) if number in new_ids}
-        for number in new_ids:
-            self.slots[number].grow(1)
-        return {number: logits[number] for number in new_ids}
+        super().__init__(OnnxSlot(self._shared, number) for number in range(num_slots))
 
     def close(self) -> None:
-        for slot in self.slots:
-            slot.close()
+        super().close()
         self._shared.close()
 
-    def _runs(self, numbers: Iterable[int]) -> Iterator[range]:
-        """Neighbouring slots with all of `numbers` among them; but none that is full, since each is written to."""
-        run: range | None = None
-        for number in sorted(numbers):
-            if run is not None and all(slot.length < slot.capacity for slot in self.slots[run.stop : number]):
-                run = range(run.start, number + 1)
-                continue
-            if run is not None:
-                yield run
-            run = range(number, number + 1)
-        if run is not None:
-            yield run
-
-    def _feeds(self, new_ids: Mapping[int, int], run: range) -> dict[str, npt.NDArray[Any]]:
-        """Idle slots take any id: its row lies behind their length, where nothing reads it."""
-        slots = self.slots[run.start : run.stop]
-        places = zip(run, slots, strict=True)
-        return {
-            "input_ids": np.array([[new_ids.get(number, 0)] for number in run], np.int64),
-            "position_ids": np.array([[slot.next_position if n in new_ids else 0] for n, slot in places], np.int64),
-            "write_index": np.array([slot.length for slot in slots], np.int64),
-        }
+    def _decode(self, run: range, rows: Mapping[str, Ints]) -> npt.NDArray[np.float32]:
+        return self._shared.run("decode", rows, run)

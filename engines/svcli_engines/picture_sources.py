@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from skipvision.config import Transparency
 from skipvision.pictures import MAX_FILE_BYTES, ImageError, LoadedImage, decode_picture, open_image
-from svcli_engines.picture_urls import FetchLimits, fetch_picture, url_name
+from svcli_engines.picture_urls import FetchLimits, url_name
 
 MOST_MATCHES = 1000
 """Of one pattern."""
@@ -36,8 +36,12 @@ class PictureSource:
         """Reads it, and fetches a URL within `limits`. Raises ImageError."""
         if isinstance(self.where, Path):
             return open_image(self.where, transparency)
-        data = fetch_picture(self.where, limits) if isinstance(self.where, str) else self.where
-        return decode_picture(self.name, data, transparency)
+        if isinstance(self.where, bytes):
+            return decode_picture(self.name, self.where, transparency)
+        # HTTP and TLS are for those who name a URL.
+        from svcli_engines.picture_fetching import fetch_picture
+
+        return decode_picture(self.name, fetch_picture(self.where, limits), transparency)
 
 
 def find_pictures(text: str, stdin: BinaryIO | None = None) -> list[PictureSource]:

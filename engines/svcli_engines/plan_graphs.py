@@ -2,7 +2,7 @@
 
 Cache writes become TensorScatter of opset 24, which TensorRT does in place. TensorRT keeps our own ops, since plugins
 take the place of their bodies, and SummaryPool is two of them; TensorRT-RTX has no plugins and gets the bodies.
-A plan runs one sequence. Importing this needs onnx, and no torch.
+Decode runs as many sequences as it was built for, all else one. Importing this needs onnx, and no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.inliner import inline_local_functions
 
 from svcli_engines.graph_problems import STANDARD, problems
-from svcli_engines.plans import PLACES, Backend, EngineLayout
+from svcli_engines.plans import PLACES, Backend, EngineLayout, PlanPhase
 from svcli_engines.plugins.launch import OPS
 from svcli_engines.summary_nodes import split_pools
 from svcli_export.contract import CUSTOM_DOMAIN, NUM_SEQUENCES, GraphName
@@ -31,15 +31,19 @@ class GraphError(ValueError):
     """A graph that a plan builder would refuse or get wrong; one sentence that names the first node."""
 
 
-def phases_of(layout: EngineLayout, file: str) -> tuple[GraphName, ...]:
+def phases_of(layout: EngineLayout, file: str, num_sequences: int = 1) -> tuple[PlanPhase, ...]:
     """The phases that a plan runs, in the order of its profiles."""
     places = {phase: profile for phase, (name, profile) in PLACES[layout].items() if name == file}
+    if num_sequences == 1:
+        places.pop("batch", None)
     return tuple(sorted(places, key=places.__getitem__))
 
 
-def plan_graph(bundle: Path, manifest: Manifest, layout: EngineLayout, file: str, backend: Backend) -> ModelProto:
+def plan_graph(
+    bundle: Path, manifest: Manifest, layout: EngineLayout, file: str, backend: Backend, num_sequences: int = 1
+) -> ModelProto:
     """The graph of the plan `file`; its weights are references into the bundle's weight file. Raises GraphError."""
-    adapted = adapt(phase_graph(bundle, manifest, layout, phases_of(layout, file)[0]), backend)
+    adapted = adapt(phase_graph(bundle, manifest, layout, phases_of(layout, file)[0]), backend, num_sequences)
     if found := problems(adapted):
         more = f" ({len(found) - 1} more like it)" if len(found) > 1 else ""
         raise GraphError(
@@ -49,24 +53,27 @@ def plan_graph(bundle: Path, manifest: Manifest, layout: EngineLayout, file: str
     return adapted
 
 
-def phase_graph(bundle: Path, manifest: Manifest, layout: EngineLayout, phase: GraphName) -> ModelProto:
+def phase_graph(bundle: Path, manifest: Manifest, layout: EngineLayout, phase: PlanPhase) -> ModelProto:
     """The bundle's graph that the plan of a phase is made of.
 
     A shared decoder is prefill behind a cache, which is decode where the rows are new ids.
     """
     if layout == "shared":
         return _read(bundle, manifest, "vision" if phase == "vision" else "prefill")
-    graph = _read(bundle, manifest, phase)
+    graph = _read(bundle, manifest, "decode" if phase == "batch" else phase)
     return behind_nothing(graph) if phase == "prefill" else graph
 
 
-def adapt(model: ModelProto, backend: Backend) -> ModelProto:
-    """A copy for a plan builder: the same function of the same inputs. Only what has a cache needs the newer opset."""
+def adapt(model: ModelProto, backend: Backend, num_sequences: int = 1) -> ModelProto:
+    """A copy for a plan builder: the same function of the same inputs. Only what has a cache needs the newer opset.
+
+    Where there is one sequence, that is no free dimension.
+    """
     adapted = ModelProto()
     adapted.CopyFrom(model)
     for value in (*adapted.graph.input, *adapted.graph.output):
         for size in value.type.tensor_type.shape.dim:
-            if size.dim_param == NUM_SEQUENCES:
+            if num_sequences == 1 and size.dim_param == NUM_SEQUENCES:
                 size.dim_value = 1
     has_cache = _update_in_place(adapted.graph)
     if backend == "tensorrt":

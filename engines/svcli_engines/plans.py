@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_
 from svcli_export.contract import NUM_SEQUENCES, Contract, GraphName, GraphSpec, Precision, TensorSpec
 from svcli_export.manifest import Manifest, file_entry, required_files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_FILE = "plan.json"
 RECIPES_FILE = "recipes.json"
 """Beside it: of each plan one hash of all that it was built from."""
@@ -30,11 +30,18 @@ EngineLayout = Literal["split", "shared"]
 
 Place = tuple[str, int]
 """A plan file and its optimisation profile."""
-PLACES: dict[EngineLayout, dict[GraphName, Place]] = {
-    "split": {"vision": ("vision.plan", 0), "prefill": ("prefill.plan", 0), "decode": ("decode.plan", 0)},
+PlanPhase = Literal["vision", "prefill", "decode", "batch"]
+"""A graph, or decode of one id in each of several sequences, which has kernels of its own."""
+PLACES: dict[EngineLayout, dict[PlanPhase, Place]] = {
+    "split": {
+        "vision": ("vision.plan", 0),
+        "prefill": ("prefill.plan", 0),
+        "decode": ("decode.plan", 0),
+        "batch": ("decode.plan", 1),
+    },
     "shared": {"vision": ("vision.plan", 0), "prefill": ("decoder.plan", 0), "decode": ("decoder.plan", 1)},
 }
-"""Where each phase is found."""
+"""Where each phase is found; there is no `batch` in plans for one sequence."""
 
 MAX_NEW = 256
 """Ids that one run of decode takes; the engine cuts longer questions. More would only grow the scratch memory."""
@@ -90,6 +97,8 @@ class PlanRecord(_Strict):
     max_context: int
     """Rows of the longest prompt, as the plain model counts them."""
     capacity: int
+    num_sequences: PositiveInt
+    """That decode runs at once."""
     sources: dict[str, str]
     """sha256 of each graph and of the weights, from the bundle's manifest."""
     plans: dict[str, PlanFile]
@@ -100,6 +109,8 @@ class PlanRecord(_Strict):
         wanted = set(plan_files(self.layout))
         if wanted != self.plans.keys():
             raise ValueError(f"layout {self.layout} has the plans {', '.join(sorted(wanted))}")
+        if self.num_sequences > 1 and "batch" not in PLACES[self.layout]:
+            raise ValueError(f"layout {self.layout} runs one sequence, not {self.num_sequences}")
         return self
 
 
@@ -113,6 +124,7 @@ class PlanSet:
     layout: EngineLayout = field(default="split", compare=False)
     max_context: int | None = field(default=None, compare=False)
     """Where plans are to be built for less than the bundle's."""
+    num_sequences: int = field(default=1, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -129,12 +141,14 @@ class PlanSet:
         words = ["svcli", "build-engine", str(self.bundle), "--backend", self.backend, "--target", self.target]
         words += [] if self.layout == "split" else ["--engine-layout", self.layout]
         words += [] if self.max_context is None else ["--max-context", str(self.max_context)]
+        words += [] if self.num_sequences == 1 else ["--sequences", str(self.num_sequences)]
         return f"`{shlex.join(words)}`"
 
     def as_built(self, record: PlanRecord, contract: Contract) -> PlanSet:
         """The same set, to be built as it was."""
         shorter = record.max_context < contract.max_context
-        return replace(self, layout=record.layout, max_context=record.max_context if shorter else None)
+        max_context = record.max_context if shorter else None
+        return replace(self, layout=record.layout, max_context=max_context, num_sequences=record.num_sequences)
 
 
 @dataclass(frozen=True)
@@ -243,14 +257,25 @@ def plan_problems(plans: PlanSet, record: PlanRecord, *, check_files: bool = Tru
     return problems
 
 
-def phase_spec(contract: Contract, layout: EngineLayout, phase: GraphName) -> GraphSpec:
-    """What the plan of a phase takes and gives: one sequence.
+def check_sequences(plans: PlanSet, record: PlanRecord, wanted: int) -> None:
+    """Raises PlanError where decode runs fewer sequences at once."""
+    if wanted > record.num_sequences:
+        many = f"{record.num_sequences} sequence{'s' if record.num_sequences > 1 else ''}"
+        remedy = replace(plans, num_sequences=wanted, layout="split")
+        raise refusal(plans, f"built for {many} at a time, and {wanted} are asked for", remedy)
+
+
+def phase_spec(contract: Contract, layout: EngineLayout, phase: PlanPhase, num_sequences: int = 1) -> GraphSpec:
+    """What the plan of a phase takes and gives: one sequence, or as many as there are, up to `num_sequences`.
 
     The shared decoder is prefill behind a cache, which decode feeds new ids without pictures or skipped rows. Prefill
     with a plan of its own begins with an empty cache.
     """
-    spec = contract.graph("prefill" if layout == "shared" and phase == "decode" else phase)
+    graph: GraphName = "decode" if phase == "batch" else phase
+    spec = contract.graph("prefill" if layout == "shared" and phase == "decode" else graph)
     taken = [tensor for tensor in spec.inputs if (layout, phase, tensor.name) != ("split", "prefill", "write_index")]
+    if num_sequences > 1:
+        return spec.model_copy(update={"inputs": tuple(taken)})
     inputs, outputs = (tuple(map(_of_one_sequence, tensors)) for tensors in (taken, spec.outputs))
     return spec.model_copy(update={"inputs": inputs, "outputs": outputs})
 
@@ -259,19 +284,21 @@ def _of_one_sequence(tensor: TensorSpec) -> TensorSpec:
     return tensor.model_copy(update={"shape": tuple(1 if each == NUM_SEQUENCES else each for each in tensor.shape)})
 
 
-def phase_ranges(contract: Contract, layout: EngineLayout, phase: GraphName) -> dict[str, ShapeRange]:
+def phase_ranges(
+    contract: Contract, layout: EngineLayout, phase: PlanPhase, num_sequences: int = 1
+) -> dict[str, ShapeRange]:
     """Range of every input of a phase: what its profile must allow for the engine to work.
 
     A prompt without pictures binds one picture's rows that nothing refers to, so no dimension is ever 0.
     """
-    sizes = _sizes(contract, phase)
+    sizes = _sizes(contract, phase, num_sequences)
 
     def shape(dimensions: tuple[int | str, ...], which: int) -> tuple[int, ...]:
         return tuple(each if isinstance(each, int) else sizes[each][which] for each in dimensions)
 
     return {
         tensor.name: ShapeRange(**{which: shape(tensor.shape, n) for n, which in enumerate(("min", "opt", "max"))})
-        for tensor in phase_spec(contract, layout, phase).inputs
+        for tensor in phase_spec(contract, layout, phase, num_sequences).inputs
     }
 
 
@@ -280,12 +307,14 @@ def refusal(plans: PlanSet, problem: str, remedy: PlanSet | None = None) -> Plan
     return PlanError(f"{plans.folder}: {problem}; build them again with {(remedy or plans).command}")
 
 
-def _sizes(contract: Contract, phase: GraphName) -> Mapping[str, tuple[int, int, int]]:
+def _sizes(contract: Contract, phase: PlanPhase, num_sequences: int) -> Mapping[str, tuple[int, int, int]]:
     """Smallest, usual and largest of each free dimension."""
+    if phase == "batch":
+        return {"num_new": (1, 1, 1), NUM_SEQUENCES: (1, num_sequences, num_sequences)}
     if phase == "decode":
         new = 1, 1, min(MAX_NEW, contract.capacity)
         rows = dict.fromkeys(("num_new", "num_ids", "num_rows", "num_kept"), new)
-        return {**rows, "num_images": (1, 1, 1)}
+        return {**rows, "num_images": (1, 1, 1), NUM_SEQUENCES: (1, 1, 1)}
     if phase == "vision":
         return {"num_images": (1, 1, contract.max_images)}
     visual = next(tensor for tensor in contract.graph("prefill").inputs if tensor.name == "visual")

@@ -68,10 +68,13 @@ class Processor:
         """Ids and layout of a conversation that ends with a question; `cuts` of its pictures, which are seen once where
         None are given.
 
-        Raises PromptError for an empty question, too many pictures, or more rows than the context has.
+        Raises PromptError for an empty question, half of a character, too many pictures, or more rows than the context
+        has.
         """
         if not messages or not messages[-1].content.strip():
             raise PromptError("the question is empty")
+        if any("\ud800" <= letter <= "\udfff" for message in messages for letter in message.content):
+            raise PromptError("half of a character (a surrogate without its pair) is no text")
         num_images, most = sum(message.images for message in messages), self.contract.max_images
         if num_images > most:
             raise PromptError(f"{num_images} pictures are more than the {most} that this model was exported for")

@@ -30,6 +30,8 @@ class Sampling:
     """The model does not end its answer before; for timing answers of one length."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer where they would begin."""
+    begin: tuple[int, ...] = ()
+    """Tokens that the answer begins with, whatever would be drawn: those that were told of it before it broke off."""
     logprobs: int | None = None
     """How many of the likeliest tokens are told beside each that is said; None: tokens are not told."""
 
@@ -40,6 +42,8 @@ class Sampling:
             raise SamplingError(f"top_k must be 0 or more, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise SamplingError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.seed is not None and self.seed < 0:
+            raise SamplingError(f"seed must be 0 or more, not {self.seed}")
         if self.max_new_tokens < 1:
             raise SamplingError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -65,11 +69,11 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        self._random = np.random.default_rng(sampling.seed) if sampling.temperature else None
 
     def pick(self, logits: Logits) -> int:
         """A token id from `logits` [vocab]."""
-        if self._sampling.temperature == 0:
+        if self._random is None:
             return int(logits.argmax())
         probabilities = distribution(logits, self._sampling)
         return int(self._random.choice(len(probabilities), p=probabilities))

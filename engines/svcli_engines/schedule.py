@@ -234,11 +234,10 @@ class Scheduler:
     def _begin_one(self) -> None:
         """One prompt between two steps, so that answers that are being made go on."""
         with self._changed:
-            free = [slot for slot in self._slots if slot.request is None]
-            if not self._waiting or not free:
+            if not self._waiting or all(slot.request is not None for slot in self._slots):
                 return
             request = self._waiting.popleft()
-            slot = _best(free, request.question)
+            slot = self._slots[self._best(request.question)]
             slot.request, slot.used_at = request, perf_counter()
         try:
             answer = slot.cache.begin(request.question, request.sampling, request.asked_at)
@@ -248,6 +247,21 @@ class Scheduler:
             return
         slot.answer = answer
         self._told(slot, request, answer, answer.first)
+
+    def _best(self, question: Question) -> int:
+        """The free slot whose rows the question can use, unless that would throw away more than it saves.
+
+        Or else, of the half of them that has been left alone for longest, the one beside which least is computed in
+        vain. Always the lowest would keep answers together, and overwrite what a conversation is about to go on from.
+        """
+        slots = self._slots
+        free = [number for number, slot in enumerate(slots) if slot.request is None]
+        best = max(free, key=lambda number: slots[number].cache.num_shared(question))
+        if 2 * slots[best].cache.num_shared(question) >= slots[best].cache.num_units > 0:
+            return best
+        running = [number for number, slot in enumerate(slots) if slot.request is not None]
+        older = sorted(free, key=lambda number: slots[number].used_at)[: (len(free) + 1) // 2]
+        return min(older, key=lambda number: self._pool.width([*running, number]))
 
     def _step(self) -> None:
         """One token of every answer that is being made."""
@@ -291,11 +305,3 @@ def _is_over(request: Request, now: float) -> bool:
 def _report(request: Request, event: Piece | Stats | Exception) -> None:
     if not request.cancelled:
         request.report(event)
-
-
-def _best(free: Sequence[_Slot], question: Question) -> _Slot:
-    """The slot whose rows the question can use, unless that would throw away more than it saves."""
-    best = max(free, key=lambda slot: slot.cache.num_shared(question))
-    if 2 * best.cache.num_shared(question) >= best.cache.num_units > 0:
-        return best
-    return min(free, key=lambda slot: slot.used_at)

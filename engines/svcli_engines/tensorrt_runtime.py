@@ -217,9 +217,13 @@ class Phase:
         plan.check_caches({past: present for past, present in caches.items() if past in self._dtypes})
         self.fed = {tensor.name: tensor for tensor in spec.inputs if tensor.name not in caches}
         """Inputs that change from run to run."""
+        free = [tensor for tensor in spec.inputs if tensor.name in caches and isinstance(tensor.shape[0], str)]
+        self._caches = {tensor.name: tensor for tensor in free}
+        """Those of several sequences, as many as there are in a run."""
         self._results = {tensor.name: tensor for tensor in spec.outputs if tensor.name not in caches.values()}
-        self.ranges = {name: plan.range(tensor, profile) for name, tensor in self.fed.items()}
-        """Smallest and largest shape of each fed input."""
+        shaped = self.fed | self._caches
+        self.ranges = {name: plan.range(tensor, profile) for name, tensor in shaped.items()}
+        """Smallest and largest shape of each input that has several."""
         self._context = tensorrt.context(plan.engine, profile, scratch, captured=captured)
 
     def dtype(self, name: str) -> str:
@@ -243,17 +247,18 @@ class Phase:
         }
         return {name: num_bytes(shape, self._dtypes[name]) for name, shape in shapes.items()}
 
-    def shapes(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, Shape]:
+    def shapes(self, feeds: Mapping[str, npt.NDArray[Any]], num_sequences: int = 1) -> dict[str, Shape]:
         """Shape of every input: of what is fed, or one row, as of pictures in a prompt without any.
 
         A dimension of 0 would be right as well, but not every TensorRT and plugin has it.
         """
         least = {name: tuple(max(1, size) for size in smallest) for name, (smallest, _) in self.ranges.items()}
-        return {name: feeds[name].shape if name in feeds else least[name] for name in self.fed}
+        caches = {name: (num_sequences, *least[name][1:]) for name in self._caches}
+        return {name: feeds[name].shape if name in feeds else least[name] for name in self.fed} | caches
 
     def bind(self, addresses: Mapping[str, int]) -> None:
-        """Binds every tensor to its address, for good."""
-        for name in self._dtypes:
+        """Binds tensors to their addresses, those that the phase has: all of them before the first run."""
+        for name in (name for name in addresses if name in self._dtypes):
             self._tensorrt.need(
                 self._context.set_tensor_address(name, addresses[name]), f"TensorRT refused the address of {name}"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -11,40 +11,165 @@ import numpy as np
 import numpy.typing as npt
 
 from skipvision.cost import kv_bytes
-from skipvision.layout import BatchLayout, TokenLayout, read_ids
+from skipvision.layout import FOREVER, BatchLayout, Ints, TokenLayout, read_ids
 from skipvision.tiles import Cut
-from svcli_engines.base import (
-    Logits,
-    MachineError,
-    Pixels,
-    Visual,
-    check_extend,
-    check_prefill,
-    check_rewind,
-)
-from svcli_engines.torch_steps import Step, capture, compile_step, is_compilers, reason
+from svcli_engines.base import Logits, MachineError, Pixels, Visual
+from svcli_engines.slots import Slot, SlotPool, batch_sizes, check_memory
+from svcli_engines.torch_steps import DecodeStep
 from svcli_export.contract import CachePart
 from svcli_export.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
 
+    from skipvision.decoder import KVCache
     from skipvision.model import SkipVisionModel
 
 Device = Literal["cpu", "cuda"]
 TorchPrecision = Literal["fp32", "fp16", "bf16"]
 
-_WARM_UP = 2
-"""Steps that run before one is captured: libraries set themselves up in the first ones."""
+
+class _Shared:
+    """What sequences share: the model, the buffers of all their caches, and steps over the first of them."""
+
+    def __init__(
+        self,
+        model: SkipVisionModel,
+        *,
+        capacity: int,
+        num_slots: int,
+        device: Device,
+        precision: TorchPrecision,
+        compiled: bool,
+        started: float | None,
+    ) -> None:
+        start = perf_counter() if started is None else started
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise MachineError("this PyTorch finds no CUDA; see what `svcli doctor` says, or use the CPU")
+        if device == "cuda" and precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # on by default, with 10 bits of mantissa
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        self.device, self.precision, self.capacity = torch.device(device), precision, capacity
+        self._dtype, self._compiled = dtypes[precision], compiled
+        self.model = model.to(self.device, self._dtype)
+        if device == "cuda":
+            check_memory(num_slots, num_slots * capacity * self.kv_bytes_per_row, torch.cuda.mem_get_info()[0])
+        self.cache = self.model.new_cache(num_slots, capacity)
+        sizes = batch_sizes(num_slots) if device == "cuda" or compiled else (1,)
+        self.steps = {size: DecodeStep(self.model.decoder, self.part(range(size)), compiled=compiled) for size in sizes}
+        """By the number of slots, from the first on."""
+        self.load_seconds = perf_counter() - start
+
+    @property
+    def kv_bytes_per_row(self) -> int:
+        return kv_bytes(self.model.config.text, 1, bytes_per_element=self._dtype.itemsize)
+
+    def part(self, slots: range, length: int = 0, next_position: int = 0) -> KVCache:
+        """The buffers of neighbouring slots, all of which have so many rows."""
+        from skipvision.decoder import KVCache
+
+        keys, values = (
+            [buffer[slots.start : slots.stop] for buffer in buffers] for buffers in (self.cache.keys, self.cache.values)
+        )
+        count = self.cache.lengths.new_full
+        return KVCache(keys, values, count((len(slots),), length), count((len(slots),), next_position))
+
+    def decode(self, slots: range, rows: Mapping[str, Ints]) -> npt.NDArray[np.float32]:
+        """Logits [n, vocab] of one id in each of n neighbouring slots; `rows` as the decode graph takes them."""
+        import torch
+
+        given = {name: torch.from_numpy(value) for name, value in rows.items()}
+        if slots.start == 0 and slots.stop in self.steps:
+            with torch.no_grad():
+                return _numpy(self.steps[slots.stop](given))
+        cache = self.part(slots)
+        cache.lengths.copy_(given["write_index"])
+        cache.next_positions.copy_(given["position_ids"][:, 0])
+        return _numpy(self.model.decode(given["input_ids"].to(self.device), cache)[:, -1])
+
+    def close(self) -> None:
+        import torch
+
+        if self._compiled:
+            torch.compiler.reset()  # which counts the engines that one step was compiled for
+        for held in ("model", "cache", "steps"):
+            self.__dict__.pop(held, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or else torch keeps it for itself
 
 
-class TorchEngine:
-    """Importing this module loads no torch; making an engine does.
+class TorchSlot(Slot):
+    """One sequence of a pool."""
+
+    can_append = True
+
+    def __init__(self, shared: _Shared, number: int) -> None:
+        super().__init__(shared.capacity, FOREVER)
+        self.name = f"torch-{shared.device.type}"
+        self.precision = str(shared.precision)
+        self._shared, self._place = shared, range(number, number + 1)
+
+    @property
+    def load_seconds(self) -> float:
+        return self._shared.load_seconds
+
+    @property
+    def kv_bytes_per_row(self) -> int:
+        return self._shared.kv_bytes_per_row
+
+    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
+        import torch
+
+        model = self._shared.model
+        given, skip = torch.from_numpy(pixels).to(self._shared.cache.keys[0]), model.config.skip
+        with torch.no_grad():
+            tokens, paid = model.picture_tokens(given, cut)
+            chosen = model.select(paid)
+            rows = model.arrange(tokens, chosen)
+        if chosen is None or skip is None or skip.selector == "first":
+            return Visual(_numpy(rows))
+        return Visual(_numpy(rows), chosen[0].cpu().numpy())
+
+    def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
+        """A copy [G, length, d] of the rows in use of one layer's K or V."""
+        cache = self._shared.cache
+        buffers = cache.keys if part == "key" else cache.values
+        rows: npt.NDArray[np.float32] = _numpy(buffers[layer][self._place.start, :, : self._length]).copy()
+        return rows
+
+    def _write_prompt(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
+        import torch
+
+        from skipvision.model import BatchTensors
+
+        model, device = self._shared.model, self._shared.device
+        width = model.config.text.hidden_size
+        rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual.rows).to(device)
+        batch = BatchTensors.of(BatchLayout.of([layout], len(input_ids)), device)
+        ids = torch.tensor([read_ids(input_ids, model.config.text.vocab_size)], device=device)
+        cache = self._shared.part(self._place, self._length, self._next_position)
+        return _numpy(model.append(ids, rows, batch, cache, self._length)[0])
+
+    def _write_ids(self, input_ids: Sequence[int]) -> Logits:
+        import torch
+
+        shared = self._shared
+        if len(input_ids) == 1:
+            numbers = np.array([[*input_ids, self._next_position, self._length]], np.int64)
+            rows = {"input_ids": numbers[:, :1], "position_ids": numbers[:, 1:2], "write_index": numbers[:, 2]}
+            logits: Logits = shared.decode(self._place, rows)[0]
+            return logits
+        cache = shared.part(self._place, self._length, self._next_position)
+        return _numpy(shared.model.decode(torch.tensor([input_ids], device=shared.device), cache)[0, -1])
+
+
+class TorchEngine(TorchSlot):
+    """A single sequence. Importing this module loads no torch; making an engine does.
 
     On CUDA single ids are decoded by a captured graph. The CUDA part was written without a GPU and never run on one.
     """
-
-    can_append = True
 
     def __init__(
         self,
@@ -59,33 +184,18 @@ class TorchEngine:
         """Takes the model for its own: it is moved and rounded in place. `capacity`: rows of the KV cache.
 
         `compiled`: by torch.compile, which takes its time at the first new id. `started`: when loading the model began,
-        by `perf_counter`. Raises MachineError for `cuda` where PyTorch finds none.
+        by `perf_counter`. Raises MachineError for `cuda` where PyTorch finds none, or too little memory.
         """
-        start = perf_counter() if started is None else started
-        import torch
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise MachineError("this PyTorch finds no CUDA; see what `svcli doctor` says, or use the CPU")
-        if device == "cuda" and precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False  # on by default, with 10 bits of mantissa
-        self.name = f"torch-{device}"
-        self.precision = str(precision)
-        self.decode_mode = "eager" if device == "cpu" else "warming up"
-        """How single ids are decoded: `eager`, `warming up`, `graph`, or `eager: ` and why there is no graph."""
-        self.code = "compiled" if compiled else "as written"
-        """Of that step: `as written`, `compiled`, or `as written: ` and why it is not compiled."""
-        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        self._device, self._dtype = torch.device(device), dtypes[precision]
-        self._model = model.to(self._device, self._dtype)
-        self._capacity = capacity
-        self._cache = self._model.new_cache(1, capacity)
-        self._length = self._next_position = 0
-        self._num_steps = 0
-        self._replay: Step | None = None
-        self._compiled_step = compile_step(self._step) if compiled else None
-        self._next_id = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-        self._step_logits = torch.zeros(model.config.text.vocab_size, dtype=self._dtype, device=self._device)
-        self.load_seconds = perf_counter() - start
+        shared = _Shared(
+            model,
+            capacity=capacity,
+            num_slots=1,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+            started=started,
+        )
+        super().__init__(shared, 0)
 
     @classmethod
     def of_bundle(
@@ -104,14 +214,10 @@ class TorchEngine:
         Raises BundleError or CheckpointError where they are unusable, MachineError as above.
         """
         start = perf_counter()
-        from svcli_export.restore import original_model, restore_model
-
-        model = restore_model(bundle, manifest) if checkpoint is None else original_model(checkpoint, manifest)
-        contract = manifest.contract
-        precision: TorchPrecision = "fp16" if device == "cuda" and contract.compute_dtype == "float16" else "fp32"
+        model, precision = _open(bundle, manifest, checkpoint, device)
         return cls(
             model,
-            capacity=contract.capacity,
+            capacity=manifest.contract.capacity,
             device=device,
             precision=precision,
             compiled=compiled,
@@ -119,134 +225,79 @@ class TorchEngine:
         )
 
     @property
-    def capacity(self) -> int:
-        return self._capacity
+    def decode_mode(self) -> str:
+        """How single ids are decoded, as `DecodeStep` says it."""
+        return self._shared.steps[1].mode
 
     @property
-    def kv_bytes_per_row(self) -> int:
-        return kv_bytes(self._model.config.text, 1, bytes_per_element=self._dtype.itemsize)
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def next_position(self) -> int:
-        return self._next_position
-
-    def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
-        import torch
-
-        given, skip = torch.from_numpy(pixels).to(self._device, self._dtype), self._model.config.skip
-        with torch.no_grad():
-            tokens, paid = self._model.picture_tokens(given, cut)
-            chosen = self._model.select(paid)
-            rows = self._model.arrange(tokens, chosen)
-        if chosen is None or skip is None or skip.selector == "first":
-            return Visual(_numpy(rows))
-        return Visual(_numpy(rows), chosen[0].cpu().numpy())
-
-    def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        return self._fill(input_ids, visual, layout, 0, 0)
-
-    def append(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:
-        return self._fill(input_ids, visual, layout, self._length, self._next_position)
-
-    def _fill(
-        self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout, length: int, next_position: int
-    ) -> Logits:
-        """The rows of `layout` behind the first `length` rows of the cache."""
-        import torch
-
-        from skipvision.model import BatchTensors
-
-        check_prefill(layout, visual, self._capacity, length)
-        width = self._model.config.text.hidden_size
-        rows = torch.from_numpy(np.zeros((0, 1, width), np.float32) if visual is None else visual.rows).to(self._device)
-        batch = BatchTensors.of(BatchLayout.of([layout], len(input_ids)), self._device)
-        ids = read_ids(input_ids, self._model.config.text.vocab_size)
-        self._keep(length, next_position)
-        logits = self._model.append(torch.tensor([ids], device=self._device), rows, batch, self._cache, length)
-        self._length, self._next_position = length + layout.num_kept, next_position + layout.length
-        return _numpy(logits[0])
-
-    def extend(self, input_ids: Sequence[int]) -> Logits:
-        import torch
-
-        check_extend(len(input_ids), self._length, self._capacity)
-        with torch.no_grad():
-            if len(input_ids) == 1:
-                logits = self._one(input_ids[0])
-            else:
-                logits = self._advance(torch.tensor([input_ids], device=self._device))
-        self._length += len(input_ids)
-        self._next_position += len(input_ids)
-        return _numpy(logits)
-
-    def cache_rows(self, layer: int, part: CachePart) -> npt.NDArray[np.float32]:
-        """A copy [G, length, d] of the rows in use of one layer's K or V."""
-        buffers = self._cache.keys if part == "key" else self._cache.values
-        rows: npt.NDArray[np.float32] = _numpy(buffers[layer][0, :, : self._length]).copy()
-        return rows
-
-    def rewind(self, num_rows: int, next_position: int) -> None:
-        check_rewind(num_rows, self._length)
-        self._keep(num_rows, next_position)
-
-    def _keep(self, num_rows: int, next_position: int) -> None:
-        self._cache.lengths.fill_(num_rows)
-        self._cache.next_positions.fill_(next_position)
-        self._length, self._next_position = num_rows, next_position
-
-    def reset(self) -> None:
-        self._length = self._next_position = 0
+    def code(self) -> str:
+        """Of that step."""
+        return self._shared.steps[1].code
 
     def close(self) -> None:
-        import torch
+        super().close()
+        self._shared.close()
 
-        self._length = self._next_position = 0
-        if self.__dict__.get("_compiled_step") is not None:
-            torch.compiler.reset()  # which counts the engines that one step was compiled for
-        for held in ("_model", "_cache", "_replay", "_compiled_step", "_next_id", "_step_logits"):
-            self.__dict__.pop(held, None)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # or else torch keeps it for itself
 
-    def _advance(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [vocab] of the last of the new ids [1, n]. Every tensor of the cache stays where it is."""
-        decoder = self._model.decoder
-        return decoder.logits(decoder.extend(decoder.embed(input_ids), self._cache))[0, -1]
+class TorchPool(SlotPool[TorchSlot]):
+    """Several sequences of one model, each with a cache of its own.
 
-    def _one(self, token: int) -> torch.Tensor:
-        """Logits [vocab] of one new id, by a graph as soon as there is one."""
-        self._next_id.fill_(token)
-        if self._num_steps == _WARM_UP and self.decode_mode == "warming up":
-            self._capture()
-        self._num_steps += 1
-        (self._replay or self._run_step)()
-        return self._step_logits.clone()
+    On CUDA a step runs over the first slots, as many as there is a captured graph for; that was never run on a GPU.
+    """
 
-    def _run_step(self) -> None:
-        if self._compiled_step is not None:
-            try:
-                self._compiled_step()
-                return
-            except Exception as error:
-                if not is_compilers(error):
-                    raise
-                self._compiled_step = None
-                self.code = f"as written: {reason(error)}"
-        self._step()
+    def __init__(
+        self,
+        model: SkipVisionModel,
+        *,
+        capacity: int,
+        num_slots: int,
+        device: Device = "cpu",
+        precision: TorchPrecision = "fp32",
+        compiled: bool = False,
+        started: float | None = None,
+    ) -> None:
+        """Allocates all caches; else as `TorchEngine`."""
+        self._shared = shared = _Shared(
+            model,
+            capacity=capacity,
+            num_slots=num_slots,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+            started=started,
+        )
+        recorded = shared.steps if device == "cuda" or compiled else ()
+        super().__init__((TorchSlot(shared, number) for number in range(num_slots)), tuple(recorded))
 
-    def _step(self) -> None:
-        self._step_logits.copy_(self._advance(self._next_id))
+    @classmethod
+    def of_bundle(cls, bundle: Path, manifest: Manifest, *, device: Device = "cpu", num_slots: int) -> TorchPool:
+        """As `TorchEngine.of_bundle`."""
+        start = perf_counter()
+        model, precision = _open(bundle, manifest, None, device)
+        capacity = manifest.contract.capacity
+        return cls(model, capacity=capacity, num_slots=num_slots, device=device, precision=precision, started=start)
 
-    def _capture(self) -> None:
-        try:
-            self._replay = capture(self._run_step)
-            self.decode_mode = "graph"
-        except RuntimeError as error:  # what torch raises for CUDA's errors
-            self.decode_mode = f"eager: {reason(error)}"
+    @property
+    def decode_modes(self) -> dict[int, str]:
+        """How a step over so many slots, from the first on, is decoded, as `DecodeStep` says it."""
+        return {size: step.mode for size, step in self._shared.steps.items()}
+
+    def close(self) -> None:
+        super().close()
+        self._shared.close()
+
+    def _decode(self, run: range, rows: Mapping[str, Ints]) -> npt.NDArray[np.float32]:
+        return self._shared.decode(run, rows)
+
+
+def _open(
+    bundle: Path, manifest: Manifest, checkpoint: Path | None, device: Device
+) -> tuple[SkipVisionModel, TorchPrecision]:
+    """The model, and what to compute in."""
+    from svcli_export.restore import original_model, restore_model
+
+    model = restore_model(bundle, manifest) if checkpoint is None else original_model(checkpoint, manifest)
+    return model, "fp16" if device == "cuda" and manifest.contract.compute_dtype == "float16" else "fp32"
 
 
 def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from svcli_engines.base import Logits
@@ -20,6 +20,8 @@ class Piece:
     text: str
     tokens: tuple[Token, ...] = ()
     """Those that were said since the piece before, where the sampling asks for them."""
+    ids: tuple[int, ...] = ()
+    """Of what was said since the piece before, asked for or not; last the one that ended the answer, if one did."""
 
 
 class Turn:
@@ -36,6 +38,8 @@ class Turn:
         self._held = ""
         """May turn out to be the beginning of a stop text."""
         self._tokens: list[Token] = []
+        self._num_told = 0
+        """Of `ids`."""
 
     def take(self, logits: Logits, *, is_full: bool = False) -> Piece:
         """The piece of text that the row with these logits [vocab] completes; may be empty.
@@ -43,9 +47,12 @@ class Turn:
         `is_full`: behind this token there is no room in the KV cache.
         """
         said = self._processor.sayable(logits, may_end=len(self.ids) >= self._sampling.min_new_tokens)
-        token = self._sampler.pick(said)
+        token = self._sampler.pick(said)  # also where it is known, so that what is drawn behind it is the same
+        if len(self.ids) < len(self._sampling.begin):
+            token = self._sampling.begin[len(self.ids)]
         if token in self._processor.stop_ids:
-            return self._end("end")
+            last = self._end("end")
+            return replace(last, ids=(*last.ids, token))
         self.ids.append(token)
         if self._sampling.logprobs is not None:
             self._tokens.append(rated(token, said, self._sampling.logprobs))
@@ -71,10 +78,12 @@ class Turn:
     def _piece(self, text: str) -> Piece:
         # Tokens wait for their text, or for the end.
         told: tuple[Token, ...] = ()
+        ids: tuple[int, ...] = ()
         if text or self.stop_reason:
             told, self._tokens = tuple(self._tokens), []
+            ids, self._num_told = tuple(self.ids[self._num_told :]), len(self.ids)
         self.text += text
-        return Piece(text, told)
+        return Piece(text, told, ids)
 
     def _found(self) -> int | None:
         """Where the first stop text begins in what is held."""

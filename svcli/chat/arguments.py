@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ class Arguments:
     pictures: tuple[str, ...]
     question: str | None
     """None: a conversation."""
+
+
+def as_text(argument: str) -> str:
+    """What was typed, which is UTF-8 whatever the locale says; what is not, is shown as such."""
+    return os.fsencode(argument).decode(errors="replace")
 
 
 def read_arguments(words: Sequence[str]) -> Arguments:
@@ -35,7 +41,7 @@ def read_arguments(words: Sequence[str]) -> Arguments:
     elif not others:
         raise UsageError(f'no such picture: {last}; a question comes behind one: svcli chat IMAGE "QUESTION"')
     else:
-        question = last
+        question = as_text(last)
     if others.count(STDIN) > 1:
         raise UsageError("stdin (-) is one picture; it stands there once")
     if STDIN in others and question is None:

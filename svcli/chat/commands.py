@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from svcli.chat import compare as comparison
 from svcli.chat import saved
 from svcli.chat.facts import settings, table
+from svcli.chat.keys import silent_keys
 from svcli.chat.model import DENSE, SKIPPED
 from svcli.chat.pictures import open_pictures
 from svcli.chat.session import Session
@@ -209,7 +210,7 @@ def _skip(desk: Desk, rest: str) -> None:
 def _compare(desk: Desk, rest: str) -> None:
     from svcli.chat.side_by_side import show_comparison
 
-    with desk.view.answering():
+    with silent_keys():
         found = comparison.compare(desk.session, rest or None, desk.view.wait)
     show_comparison(found, desk.view)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import uuid
 from contextlib import closing
 from datetime import datetime, timezone
@@ -69,6 +68,8 @@ class LineLog:
         file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             os.write(file, text.encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         finally:
             os.close(file)
 
@@ -78,6 +79,8 @@ class DatabaseLog:
 
     def __init__(self, path: Path) -> None:
         """Raises UsageError where it is no database, OSError where it cannot be written."""
+        import sqlite3
+
         self._path, self._conversation = path, uuid.uuid4().hex
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         try:
@@ -89,6 +92,8 @@ class DatabaseLog:
         """The turn has it."""
 
     def turn(self, told: dict[str, Any]) -> None:
+        import sqlite3
+
         row = {**told, "time": _now(), "conversation": self._conversation, "turn": json.dumps(told)}
         row["images"] = json.dumps(told["images"])
         values = [row[column] for column in _COLUMNS]
@@ -100,6 +105,8 @@ class DatabaseLog:
             raise UsageError(f"{self._path}: the log could not be written ({error})") from None
 
     def _run(self, statement: str, *values: str) -> None:
+        import sqlite3
+
         with closing(sqlite3.connect(self._path, timeout=10)) as database, database:
             database.execute(statement, values)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +16,11 @@ from svcli import ui
 from svcli.__main__ import INTERRUPTED
 from svcli.chat import facts
 from svcli.chat.arguments import Arguments
-from svcli.chat.commands import Desk
-from svcli.chat.compare import compare
-from svcli.chat.conversation import converse
+from svcli.chat.keys import silent_keys
 from svcli.chat.model import Model
-from svcli.chat.opening import Opening
 from svcli.chat.pictures import open_pictures
-from svcli.chat.reader import PlainReader, Reader, ScriptReader
 from svcli.chat.record import Events, Objects, Sink, open_log
 from svcli.chat.session import Session
-from svcli.chat.side_by_side import show_comparison
 from svcli.chat.turn import Teller, Turn
 from svcli.chat.view import ChatView
 from svcli.engines import EngineName
@@ -31,6 +29,9 @@ from svcli.remarks import remarks
 from svcli.settings import state_folder
 
 if TYPE_CHECKING:
+    from svcli.chat.commands import Desk
+    from svcli.chat.opening import Opening
+    from svcli.chat.reader import Reader
     from svcli_engines.sampling import Sampling
 
 _HISTORY = "chat_history"
@@ -104,7 +105,10 @@ def _once(given: Arguments, question: str, options: Options, view: ChatView, tel
         notes = _notes(session)
         view.note(*notes)
         if options.compares:
-            with view.answering():
+            from svcli.chat.compare import compare
+            from svcli.chat.side_by_side import show_comparison
+
+            with silent_keys():
                 found = compare(session, question, view.wait)
             if options.as_json or options.as_jsonl:
                 ui.show(json.dumps(found.told()))
@@ -123,6 +127,10 @@ def _once(given: Arguments, question: str, options: Options, view: ChatView, tel
 
 
 def _converse(given: Arguments, options: Options, view: ChatView, teller: Teller) -> int:
+    from svcli.chat.commands import Desk
+    from svcli.chat.conversation import converse
+    from svcli.chat.opening import Opening
+
     opening = Opening(lambda: open_session(given, options))
 
     def make_desk(session: Session) -> Desk:
@@ -130,24 +138,33 @@ def _converse(given: Arguments, options: Options, view: ChatView, teller: Teller
         return Desk(session, view, teller, options.allow_private)
 
     try:
-        reader = _reader(opening, options, view)
-        return converse(opening, reader, view, make_desk, [os.path.basename(name) or name for name in given.pictures])
+        names = [os.path.basename(name) or name for name in given.pictures]
+        with _reader(opening, options, view) as reader:
+            return converse(opening, reader, view, make_desk, names)
     finally:
         opening.close()
 
 
-def _reader(opening: Opening, options: Options, view: ChatView) -> Reader:
+@contextmanager
+def _reader(opening: Opening, options: Options, view: ChatView) -> Iterator[Reader]:
+    from svcli.chat.reader import PlainReader, ScriptReader
+
     if not sys.stdin.isatty():
-        return ScriptReader(sys.stdin)
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        yield ScriptReader(sys.stdin)
+        return
     greeting = f"{options.bundle.resolve().name}: ask; /help shows what else there is, Ctrl-D leaves"
     if view.is_plain or not (sys.stderr.isatty() or sys.stdout.isatty()):
         opening.result()
         if not options.is_quiet:
             view.tell(greeting)
-        return PlainReader()
+        yield PlainReader()
+        return
     opening.begin()
     from svcli.chat.editor.prompt import LineEditor
 
     if not options.is_quiet:
         view.tell(greeting, dim=True)
-    return LineEditor(opening, state_folder() / _HISTORY)
+    with silent_keys(as_pressed=True):
+        yield LineEditor(opening, state_folder() / _HISTORY)

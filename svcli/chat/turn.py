@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from svcli.chat.facts import ENDINGS, INTERRUPTED, closing_line, measured, settings, spoken_line, table
+from svcli.chat.keys import silent_keys
 from svcli.chat.record import Sink
 from svcli.chat.session import Session
 
@@ -61,7 +62,7 @@ class Teller:
         view = self.view
         view.wait("looking..." if session.waiting else "thinking...")
         try:
-            with view.answering(), closing(events()) as answer:
+            with silent_keys(), closing(events()) as answer:
                 for event in answer:
                     if isinstance(event, Piece):
                         turn.answer += event.text

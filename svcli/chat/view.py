@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import sys
-import termios
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -133,23 +131,6 @@ class ChatView:
         encoded = base64.b64encode(text.encode(errors="replace")).decode()
         self._console.file.write(f"\x1b]52;c;{encoded}\a")
         self._console.file.flush()
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Keys that are pressed meanwhile wait for the next question, and are not shown in the midst of the answer."""
-        try:
-            before = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-        except (OSError, ValueError, termios.error, AttributeError):
-            before = None
-        if before is None:
-            yield
-            return
-        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
     def _erase(self) -> None:
         if self._waiting:

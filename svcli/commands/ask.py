@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from svcli import ui
+from svcli.answer_options import Bundle, Engine, MaxNewTokens, PrivateUrls, Seed, Temperature, Threads, TopK, TopP
 from svcli.engines import EngineName, open_pool
 from svcli.errors import UsageError
 from svcli.settings import bundled_model
@@ -38,28 +39,22 @@ def ask(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="JSON lines; goes on where it ends.")],
-    model: Annotated[
-        Path | None, typer.Option(metavar="BUNDLE", help="Bundle folder; the bundled model if left out.")
-    ] = None,
+    model: Bundle = None,
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where paths of pictures start; DATA's folder if left out.")
     ] = None,
-    engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    engine: Engine = EngineName.ONNXRUNTIME,
+    threads: Threads = None,
     parallel: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Answers decoded side by side; as many as fit 1 GiB, up to 8."),
     ] = None,
-    temperature: Annotated[float, typer.Option(metavar="T", help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(metavar="N", help="Draw among the N likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw among the likeliest tokens that together have this probability.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed draws the same answers.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
-    allow_private_urls: Annotated[
-        bool, typer.Option("--allow-private-urls", help="Fetch pictures from this machine's own network, too.")
-    ] = False,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    max_new_tokens: MaxNewTokens = 128,
+    allow_private_urls: PrivateUrls = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where FILE exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -185,7 +180,8 @@ def _write(file: IO[bytes], outcome: Outcome, run: str) -> None:
                 "visual_kept": stats.visual_tokens_kept,
             }
         }
-    file.write(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    # Half of a character is written as JSON has it, so that the row is known again.
+    file.write(json.dumps(said, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
     file.flush()
 
 

@@ -54,6 +54,16 @@ def build_engine(
         int | None,
         typer.Option(min=1, metavar="N", help="Longest prompt, in rows of the plain model; the bundle's if left out."),
     ] = None,
+    num_sequences: Annotated[
+        int,
+        typer.Option(
+            "--sequences",
+            min=1,
+            max=1024,
+            metavar="N",
+            help="Answers that can be decoded in one step, as `svcli serve` does; each takes a KV cache.",
+        ),
+    ] = 1,
     workspace: Annotated[
         int | None,
         typer.Option(
@@ -84,6 +94,7 @@ def build_engine(
         layout=engine_layout.value,
         max_context=max_context,
         workspace=None if workspace is None else workspace << 20,
+        num_sequences=num_sequences,
         timing_cache=timing_cache,
     )
     with ui.Progress() as progress:
@@ -93,7 +104,7 @@ def build_engine(
         return
     for outcome in result.outcomes:
         plan_tables.render(outcome.plans, outcome.record, result.contract, _remarks(outcome))
-    _render_memory(engine_layout.value, result)
+    _render_memory(engine_layout.value, num_sequences, result)
 
 
 def facts(result: Result) -> dict[str, Any]:
@@ -116,7 +127,7 @@ def _remarks(outcome: Outcome) -> dict[str, str]:
     }
 
 
-def _render_memory(layout: str, result: Result) -> None:
+def _render_memory(layout: str, num_sequences: int, result: Result) -> None:
     """What either layout takes on the GPU."""
     meanings = {"split": "prefill and decode hold a copy each", "shared": "prefill and decode share one copy"}
     weights = [
@@ -124,5 +135,6 @@ def _render_memory(layout: str, result: Result) -> None:
         for name, size in result.weight_bytes.items()
     ]
     rows, per_row = result.contract.capacity, result.contract.kv_bytes_per_row
-    cache = "KV cache", f"{ui.size(rows * per_row)}, {rows} rows"
+    each = "" if num_sequences == 1 else f", for each of {num_sequences} sequences"
+    cache = "KV cache", f"{ui.size(rows * per_row)}, {rows} rows{each}"
     ui.pairs("On the GPU, beside scratch memory", [*weights, cache])

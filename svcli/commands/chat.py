@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from svcli.answer_options import Bundle, MaxNewTokens, PrivateUrls, Seed, Temperature, Threads, TopK, TopP
 from svcli.engines import EngineName
 from svcli.errors import UsageError
 from svcli.settings import bundled_model
@@ -22,9 +23,7 @@ def chat(
             " picture, too: then a conversation begins, or each line of stdin is a question.",
         ),
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="BUNDLE", help="Bundle folder; the bundled model if left out.")
-    ] = None,
+    model: Bundle = None,
     engine: Annotated[
         EngineName,
         typer.Option(
@@ -36,15 +35,13 @@ def chat(
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Graphs of the bundle that answer, such as dense.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    threads: Threads = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
-    temperature: Annotated[float, typer.Option(metavar="T", help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(metavar="N", help="Draw among the N likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw among the likeliest tokens that together have this probability.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed draws the same answer.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    max_new_tokens: MaxNewTokens = 128,
     compare: Annotated[
         bool, typer.Option("--compare", help="Ask dense and skipped graphs, and set them side by side.")
     ] = False,
@@ -54,9 +51,7 @@ def chat(
     log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append each turn to a .jsonl file, or to .sqlite or .db.")
     ] = None,
-    allow_private_urls: Annotated[
-        bool, typer.Option("--allow-private-urls", help="Fetch pictures from this machine's own network, too.")
-    ] = False,
+    allow_private_urls: PrivateUrls = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a turn on stdout instead of text.")] = False,
     as_jsonl: Annotated[
         bool, typer.Option("--jsonl", help="JSON lines on stdout: pieces as they come, turns.")
@@ -73,7 +68,7 @@ def chat(
     """
     if as_json and as_jsonl:
         raise UsageError("--json and --jsonl are two ways to say the same: take one of them")
-    from svcli.chat.arguments import read_arguments
+    from svcli.chat.arguments import as_text, read_arguments
     from svcli.chat.start import Options, start
     from svcli_engines.sampling import Sampling
 
@@ -82,7 +77,7 @@ def chat(
         engine=engine,
         threads=threads,
         variant=variant,
-        system=system,
+        system=None if system is None else as_text(system),
         sampling=Sampling(temperature, top_k, top_p, seed, max_new_tokens),
         as_json=as_json,
         as_jsonl=as_jsonl,

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svcli import ui
+from svcli.answer_options import Engine, Threads
 from svcli.engines import EngineName
 from svcli.errors import FAILURE, UsageError
 from svcli.remarks import remarks
+from svcli.server.keys import KEY_VARIABLE, read_key
 from svcli.settings import bundled_model, debugging
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from svcli.server.served import Served
-
-KEY_VARIABLE = "SVCLI_API_KEY"
 
 
 def serve(
@@ -42,17 +42,15 @@ def serve(
             "--variant", metavar="V", help="A variant to serve beside it, as NAME:V, such as dense; repeatable."
         ),
     ] = None,
-    engine: Annotated[
-        EngineName, typer.Option(metavar="NAME", help="What runs the bundle, as for `svcli chat`.")
-    ] = EngineName.ONNXRUNTIME,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    engine: Engine = EngineName.ONNXRUNTIME,
+    threads: Threads = None,
     parallel: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=1024,
             metavar="N",
-            help="Answers at a time, each with a KV cache of its own; on onnxruntime up to 8, as fit 1 GiB.",
+            help="Answers at a time, each with a KV cache of its own; up to 8, as fit 1 GiB, or what plans are for.",
         ),
     ] = None,
     queue: Annotated[
@@ -88,7 +86,7 @@ def serve(
 
     Requests are told on stderr. Ctrl-C or SIGTERM ends what was taken first; a second one ends at once.
     """
-    key = _key(api_key_env, api_key_file)
+    key = read_key(api_key_env, api_key_file)
     _check_host(host, key, no_key)
     bundle = model or bundled_model()
     from svcli.server.app import make_app
@@ -140,24 +138,6 @@ def serve(
     if not all_ended:
         ui.error("answers were broken off: they took longer than --drain")
         raise typer.Exit(FAILURE)
-
-
-def _key(variable: str | None, file: Path | None) -> str | None:
-    """Raises UsageError for a key that is asked for and not there."""
-    if variable is not None and file is not None:
-        raise UsageError("--api-key-env and --api-key-file: one of them")
-    if file is not None:
-        place, key = str(file), file.read_text(encoding="utf-8").strip()
-    else:
-        place = variable or KEY_VARIABLE
-        key = os.environ.get(place, "").strip()
-        if variable is None and not key:
-            return None
-    if not key:
-        raise UsageError(f"{place}: there is no key")
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{place}: a key is of ASCII letters, digits and signs")
-    return key
 
 
 def _check_host(host: str, key: str | None, no_key: bool) -> None:

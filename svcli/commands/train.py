@@ -14,13 +14,12 @@ import typer
 from svcli import ui
 from svcli.errors import FAILURE, UsageError
 from svcli.models import model_folder
-from svcli.training.facts import RunFacts, read_history
 
 if TYPE_CHECKING:
     from skipvision.training.events import Event, Report
     from skipvision.training.scratch_recipe import ScratchRecipe
     from skipvision.training.tune_recipe import TuneRecipe
-    from svcli.training.facts import History
+    from svcli.training.facts import History, RunFacts
 
 
 def train(
@@ -111,6 +110,8 @@ def _watched(
     if not _is_first_process():
         run(lambda _event: None)
         return
+    from svcli.training.facts import RunFacts, read_history
+
     facts = RunFacts()
     with _told_how_to_go_on(facts, output), ExitStack() as stack:
         reports: list[Report] = [facts]

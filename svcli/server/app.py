@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -57,12 +57,15 @@ def make_app(models: Mapping[str, Served], limits: Limits, metrics: Metrics, rea
         model = pick(models, asked.model, asked.variant)
         call: Call = request.scope[SCOPE_KEY]
         started, sampling = time.monotonic(), sampling_of(asked, limits)
+        seed = call.identity.seed if sampling.seed is None else sampling.seed
+        sampling = replace(sampling, seed=seed, begin=call.identity.begin)
         said, urls = conversation_of(asked.messages, model.processor.contract.max_images)
         question = await readers.question(model, said, urls)
         seconds = max(0.0, limits.seconds - (time.monotonic() - started))
         answering = Answering(model.scheduler, question, sampling, seconds)
         call.ends.callback(answering.cancel)
-        writer = Writer(uuid.uuid4().hex, int(time.time()), model.name, model.processor, bool(asked.logprobs))
+        number = f"{call.identity.number:032x}"
+        writer = Writer(number, call.identity.created, model.name, model.processor, bool(asked.logprobs))
         first = await answering.next()  # what goes wrong before it has a status of its own
         if asked.stream:
             events = _stream(first, answering, writer, call, asked.wants_usage)
@@ -82,6 +85,7 @@ def make_app(models: Mapping[str, Served], limits: Limits, metrics: Metrics, rea
         now = first
         try:
             while isinstance(now, Piece):
+                call.said += now.ids
                 yield writer.piece(now)
                 now = await answering.next()
         except Exception as error:  # the status is out: an event says it

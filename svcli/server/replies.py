@@ -13,6 +13,8 @@ from svcli_engines.turn import Piece, StopReason
 
 FinishReason = Literal["stop", "length"]
 _FINISHES: dict[StopReason, FinishReason] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
+DONE = "data: [DONE]\n\n"
+"""The last event of a stream that came to its end."""
 _NEVER = -9999.0
 """What stands for a probability of nothing, which JSON has no word for."""
 
@@ -188,7 +190,7 @@ class Writer:
         last = self._event(ChunkChoice(delta={}, finish_reason=_FINISHES[stats.stop_reason]))
         if with_usage:
             last += event(ChatChunk(**self._head, choices=[], usage=Usage.of(stats)))  # type: ignore[arg-type]
-        return last + "data: [DONE]\n\n"
+        return last + DONE
 
     def _event(self, choice: ChunkChoice) -> str:
         return event(ChatChunk(**self._head, choices=[choice]))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from svcli.server.protocol import Protocol
 from svcli_engines.schedule import Scheduler
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -53,7 +54,7 @@ def run(
     """
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Protocol,
         ws="none",
         loop="asyncio",
         lifespan="off",

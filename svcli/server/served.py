@@ -15,8 +15,9 @@ from PIL import Image
 from skipvision.pictures import ImageError, decode_picture, picture_size
 from svcli.server.limits import Limits
 from svcli.server.problems import Problem
+from svcli_engines.picture_fetching import fetch_picture
 from svcli_engines.picture_sources import PictureSource, sent_picture
-from svcli_engines.picture_urls import FetchLimits, fetch_picture
+from svcli_engines.picture_urls import FetchLimits
 from svcli_engines.pictures import VisualCache
 from svcli_engines.processor import Processor
 from svcli_engines.question import Question

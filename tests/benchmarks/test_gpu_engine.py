@@ -13,7 +13,7 @@ import torch
 from benchmarks import gpu_engine
 from benchmarks.gpu_check import NO_DEVICE
 from benchmarks.gpu_engine import run, subjects
-from svcli_engines.torch_engine import TorchEngine
+from svcli_engines.torch_engine import TorchEngine, TorchPool
 from svcli_export.bundle import export_bundle
 from tests.export.tiny import tiny_checkpoint
 
@@ -42,7 +42,9 @@ def test_both_models_are_checked_and_timed(bundle: Path, capsys: pytest.CaptureF
     assert [check["agreement"] for check in found["checks"] if check["precision"] == "fp32"] == [1.0, 1.0]
     assert set(found["stages"]) == {"vision", "prefill", "decode_token"}
     assert all(stage["dense"]["runs"] == stage["skipped"]["runs"] == 2 for stage in found["stages"].values())
-    assert "skipped fp32, as written, decoding: eager: 100.0%" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "skipped fp32, as written, decoding: eager: 100.0%" in told
+    assert "dense fp32, slot 3 of a pool, decoding: eager: 100.0%" in told
 
 
 def test_the_models_differ_in_their_rows_alone(bundle: Path) -> None:
@@ -62,6 +64,13 @@ def test_an_engine_that_is_off_ends_it(bundle: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(TorchEngine, "extend", off)
     with pytest.raises(SystemExit, match=r"dense bf16, as written, decoding: eager: decode 1: error 2 above"):
+        run(bundle, "cpu", 1)
+
+
+def test_a_pool_that_is_off_ends_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = TorchPool._decode
+    monkeypatch.setattr(TorchPool, "_decode", lambda pool, run, rows: -decode(pool, run, rows))
+    with pytest.raises(SystemExit, match=r"dense fp32, slot 1 of a pool, decoding: eager: decode 1: error"):
         run(bundle, "cpu", 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Conversation:
             encoding="utf-8",
         )
         self.child.delaybeforesend = None
+        self._modes = termios.tcgetattr(self.child.child_fd)
 
     @property
     def lines(self) -> list[str]:
@@ -106,15 +108,13 @@ class Conversation:
         return self.until(*words)
 
     def leave(self, keys: str = "") -> int:
-        """The exit code, once it has ended. Ctrl-D is typed again: none is kept that comes before the prompt."""
+        """The exit code, once it has ended, with the terminal as it was."""
         if keys:
             self.type(keys)
-        typed = start = time.monotonic()
+        start = time.monotonic()
         while self._read():
             assert time.monotonic() < start + _SECONDS, f"it does not end:\n{self.text}"
-            if keys == "\x04" and time.monotonic() > typed + 1:
-                typed = time.monotonic()
-                self.type(keys)
+        assert termios.tcgetattr(self.child.child_fd) == self._modes
         self.child.close()
         code: int = self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus
         return code

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from svcli.app import app
+from svcli.engines import EngineName, open_pool
 from svcli.errors import explain
 from svcli_engines import tensorrt_engine
 from svcli_engines.base import MachineError
@@ -111,6 +113,23 @@ def test_options_reach_the_builder(workshop: Workshop, fp16: Path, tmp_path: Pat
     assert workshop.jobs[1].profiles[0]["input_ids"].max[1] == load_manifest(fp16).contract.capacity - (96 - 64)
 
 
+def test_plans_for_several_sequences_have_kernels_for_one_too(
+    workshop: Workshop, checkpoint: Path, tmp_path: Path
+) -> None:
+    fp16 = tmp_path / "bundle"
+    export_bundle(checkpoint, fp16, precision="fp16", max_context=100, max_images=2)
+    shown = lines(svcli("build-engine", fp16, *RTX, "--sequences", "4").stdout)
+    assert shown[1].endswith("prompts up to 100 rows; 4 sequences at a time")
+    assert any(line.endswith(", 80 rows, for each of 4 sequences") for line in shown)
+    *others, decode = workshop.jobs
+    assert [len(job.profiles) for job in others] == [1, 1]
+    one, several = decode.profiles
+    assert (one["write_index"].max, several["write_index"].min, several["write_index"].max) == ((1,), (1,), (4,))
+    workshop.jobs.clear()
+    svcli("build-engine", fp16, *RTX)
+    assert workshop.taken() == ["decode.plan"]
+
+
 def test_several_targets_are_several_sets(workshop: Workshop, fp16: Path) -> None:
     said = json.loads(svcli("build-engine", fp16, *RTX, "--target", "sm_120", "--json").stdout)
     assert [plans["record"]["target"] for plans in said["plan_sets"]] == ["sm_89", "sm_120"]
@@ -126,6 +145,8 @@ def test_several_targets_are_several_sets(workshop: Workshop, fp16: Path) -> Non
         ([*RTX, "--max-context", "1000"], NOWHERE, 2, "-long --precision fp16 --max-context 1000`"),
         ([*RTX, "--max-context", "20"], NOWHERE, 2, "no room for text"),
         ([*RTX, "--timing-cache", "x"], NOWHERE, 2, "leave it out"),
+        ([*RTX, "--sequences", "2", "--engine-layout", "shared"], NOWHERE, 2, "a shared decoder runs one sequence"),
+        ([*RTX, "--sequences", "2"], NOWHERE, 2, "-long --precision fp16 --max-context 100`"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence_and_the_fitting_exit_code(
@@ -140,7 +161,14 @@ def test_what_cannot_be_built_is_one_sentence_and_the_fitting_exit_code(
 
 
 @pytest.mark.parametrize(
-    "options", [["--backend", "openvino"], ["--engine-layout", "none"], ["--workspace", "0"], ["--max-context", "0"]]
+    "options",
+    [
+        ["--backend", "openvino"],
+        ["--engine-layout", "none"],
+        ["--workspace", "0"],
+        ["--max-context", "0"],
+        ["--sequences", "0"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(fp16: Path, options: list[str]) -> None:
     assert options[0] in svcli("build-engine", fp16, *options, code=2).stderr
@@ -178,7 +206,7 @@ def test_what_a_machine_lacks_is_exit_code_3() -> None:
 def test_every_option_explains_itself() -> None:
     shown = svcli("build-engine", "--help").stdout
     options = [line for line in shown.splitlines() if line.startswith("  -")]
-    assert len(options) == 8
+    assert len(options) == 9
     assert all(re.search(r"\S  +\S", line) for line in options), shown
 
 
@@ -264,6 +292,35 @@ def test_chat_on_plans_answers_as_on_onnxruntime(
     assert found["answer"] == expected["answer"]
     assert found["kv_cache"] == expected["kv_cache"]
     gpu.cuda.check_released()
+
+
+def test_many_answers_take_as_many_slots_as_the_plans_are_for(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, manifest = Path(shutil.copytree(bundle, tmp_path / "bundle")), load_manifest(bundle)
+    fake_tensorrt.build_plans(planned, manifest, "split", num_sequences=3)
+    cuda = FakeCuda()
+    pool = partial(tensorrt_engine.TensorRTPool, tensorrt=FakeTensorRT(cuda), cuda=cuda)
+    monkeypatch.setattr(tensorrt_engine, "TensorRTPool", pool)
+    for parallel, num_slots in ((None, 3), (2, 2)):
+        with closing(open_pool(EngineName.TENSORRT, planned, manifest, parallel=parallel)) as opened:
+            assert len(opened.slots) == num_slots
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "what is this?"}\n' * 4)
+    asked: list[str | Path] = ["ask", questions, "--model", planned, "--engine", "tensorrt", "--max-new-tokens", "4"]
+    svcli(*asked, "-o", tmp_path / "answers.jsonl")
+    told = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(told) == 4
+    assert len(set(told)) == 1
+    refused = svcli(*asked, "-o", tmp_path / "others.jsonl", "--parallel", "4", code=1)
+    assert refused.stderr.count("\n") == 1
+    assert "built for 3 sequences at a time, and 4 are asked for; build them again with `svcli" in refused.stderr
+    cuda.check_released()
+
+
+def test_many_answers_on_pytorch_have_slots_of_their_own(bundle: Path) -> None:
+    with closing(open_pool(EngineName.TORCH, bundle, load_manifest(bundle), parallel=3)) as pool:
+        assert [slot.name for slot in pool.slots] == ["torch-cpu"] * 3
 
 
 def test_chat_without_plans_names_the_command_that_builds_them(

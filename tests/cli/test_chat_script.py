@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -347,3 +349,27 @@ def test_a_picture_comes_through_a_pipe(bundle: Path, picture: Path) -> None:
 def test_what_goes_with_one_question_says_so(bundle: Path, picture: Path, option: list[str]) -> None:
     refused(bundle, picture, *option, lines=QUESTION, words="goes with a question")
     refused(bundle, picture, QUESTION, "--json", "--jsonl", lines="", words="take one")
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_bytes_that_are_no_text_are_asked_as_such(
+    command: list[str], bundle: Path, picture: Path, tmp_path: Path, locale: str
+) -> None:
+    log = tmp_path / "log.jsonl"
+    options = ["--model", str(bundle), "--max-new-tokens", "2", "--log", str(log)]
+    # Python takes UTF-8 for the locale C unless it is told not to.
+    environment = {**os.environ, "LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    asked = "日本 \N{HAMBURGER}?".encode() + b" \xff"
+    for line, stdin in (([asked], None), ([], asked)):
+        arguments = [os.fsencode(each) for each in (*command, "chat", str(picture), *options)]
+        done = subprocess.run([*arguments, *line], input=stdin, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["question"] for line in log.read_text().splitlines()] == ["日本 \N{HAMBURGER}? \ufffd"] * 2
+
+
+def test_a_log_on_a_full_disk_is_named(command: list[str], bundle: Path, picture: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.symlink_to("/dev/full")
+    arguments = ["chat", str(picture), "what is this?", "--model", str(bundle), "--log", str(log)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, f"Error: {log}: No space left on device\n")

@@ -206,6 +206,21 @@ def test_a_terminal_is_left_as_it_was(command: list[str], bundle: Path) -> None:
         assert end == 128 + number
 
 
+@pytest.mark.parametrize("options", [(), ("--plain",)])
+def test_what_is_typed_meanwhile_reaches_the_next_prompt(
+    command: list[str], long_bundle: Path, picture: Path, options: tuple[str, ...]
+) -> None:
+    talk = Conversation(command, picture, "--model", long_bundle, "--max-new-tokens", "2000", *options)
+    talk.until("red.png")
+    talk.type("what is this?\r")
+    talk.grow(5)
+    assert "KV" not in talk.text  # the answer is not over
+    talk.type("/set temperaturr\x7fe 7\r" + CTRL_D)
+    talk.until("temperature 7")
+    assert talk.leave() == 0
+    assert talk.text.count("/set") == 1 - len(options)  # nothing in the midst of the answer
+
+
 def test_keys_are_echoed_again_after_an_answer(command: list[str], bundle: Path, picture: Path) -> None:
     talk = Conversation(command, picture, "--model", bundle, "--max-new-tokens", "3", "--plain")
     talk.until("You")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import typer
 from skipvision.config import ConfigError
 from skipvision.data.errors import DataError
 from svcli.errors import BROKEN_PIPE, UsageError, explain, reported
+
+HAMBURGERS = Path(__file__).parents[2] / "examples" / "hamburgers.png"
 
 
 def test_what_the_user_gave_is_2_and_what_failed_is_1() -> None:
@@ -45,16 +48,31 @@ def test_a_missing_extra_comes_with_its_install_command(module: str, extra: str)
     assert code == 3
 
 
-@pytest.mark.parametrize("module", ["PIL.Image", "jinja2", "numpy", "tokenizers"])
+@pytest.mark.parametrize("module", ["PIL.Image", "jinja2", "numpy", "prompt_toolkit", "pydantic.main", "tokenizers"])
 def test_what_comes_without_an_extra_comes_back_without_one(module: str) -> None:
     sentence, code = explain(ModuleNotFoundError(f"No module named {module!r}", name=module))
     assert sentence.endswith('pip install "svcli"')
     assert code == 3
 
 
+@pytest.mark.parametrize("package", ["PIL", "numpy", "pydantic", "rich", "tokenizers", "typer"])
+def test_an_installation_that_lacks_a_package_is_a_sentence(command: list[str], tmp_path: Path, package: str) -> None:
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError({package!r}, name={package!r})")
+    done = subprocess.run(
+        [*command, "chat", str(HAMBURGERS), "How many?"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(rf"Error: {package} is needed .*not installed: pip install \S.*\n", done.stderr)
+
+
 def test_an_os_error_names_the_file() -> None:
     error = PermissionError(errno.EACCES, "Permission denied", "secret.png")
     assert explain(error) == ("secret.png: Permission denied", 1)
+    assert explain(OSError(errno.ENOSPC, "No space left on device", "log.jsonl"))[1] == 3
 
 
 @pytest.mark.parametrize(

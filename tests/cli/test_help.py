@@ -43,6 +43,7 @@ COMMANDS = (
     "doctor",
     "export",
     "build-engine",
+    "triton",
     "train",
     "new",
     "eval",
@@ -51,20 +52,55 @@ COMMANDS = (
 )
 
 
+UNUSED_BY_ONE_QUESTION = {
+    "asyncio",
+    "fastapi",
+    "http.client",
+    "markdown_it",
+    "multiprocessing",
+    "numpy.random",
+    "onnx",
+    "prompt_toolkit",
+    "rich.markdown",
+    "rich.progress",
+    "rich.table",
+    "skipvision.training",
+    "sqlite3",
+    "ssl",
+    "starlette",
+    "svcli.chat.commands",
+    "svcli.chat.compare",
+    "svcli_engines.overlay",
+    "svcli_engines.picture_fetching",
+    "torch",
+    "urllib.request",
+    "uvicorn",
+}
+
+
 # typer itself loads pydantic for everything but the main help.
 @pytest.mark.parametrize(
     ("arguments", "heavy"),
     [
-        (["--help"], HEAVY | {"pydantic"}),
+        (["--help"], HEAVY | {"pydantic", "rich", "skipvision.training"}),
         (["--version"], HEAVY | {"pydantic"}),
-        (["chat", "--help"], HEAVY),
-        (["serve", "--help"], HEAVY),
-        (["eval", "--help"], HEAVY),
-        (["train", "--help"], HEAVY),
+        (["chat", "--help"], HEAVY | {"rich"}),
+        (["serve", "--help"], HEAVY | {"rich"}),
+        (["eval", "--help"], HEAVY | {"rich"}),
+        (["train", "--help"], HEAVY | {"rich", "skipvision.training"}),
         ([], HEAVY),
     ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str], heavy: set[str]) -> None:
+    _assert_loads_none(arguments, heavy)
+
+
+def test_one_question_about_a_file_loads_nothing_that_it_does_not_use() -> None:
+    picture = ROOT / "examples" / "hamburgers.png"
+    _assert_loads_none(["chat", str(picture), "How many?", "--max-new-tokens", "8", "--quiet"], UNUSED_BY_ONE_QUESTION)
+
+
+def _assert_loads_none(arguments: list[str], heavy: set[str]) -> None:
     program = (
         f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'export'), str(ROOT / 'engines')]!r}\n"
         f"sys.argv = ['svcli', *{arguments!r}]\n"

@@ -114,6 +114,9 @@ class FakeCuda:
         assert device == 0
         return self._outcome("cudaDeviceGetAttribute", self._capability[attr - 75])
 
+    def cudaMemGetInfo(self) -> Outcome:
+        return self._outcome("cudaMemGetInfo", self._free, self._free)
+
     def cudaMalloc(self, size: int) -> Outcome:
         error = self._error("cudaMalloc", breaks_capture=True)
         if error or size > self._free:

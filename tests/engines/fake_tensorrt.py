@@ -22,13 +22,13 @@ import onnx
 import onnxruntime as ort
 
 import skipvision
-from svcli_engines.plan_graphs import phase_graph
+from svcli_engines.plan_graphs import phase_graph, phases_of
 from svcli_engines.plans import (
     FORMAT_VERSION,
-    PLACES,
     Backend,
     EngineLayout,
     PlanFile,
+    PlanPhase,
     PlanRecord,
     PlanSet,
     ShapeRange,
@@ -39,7 +39,7 @@ from svcli_engines.plans import (
     write_record,
 )
 from svcli_engines.tensorrt_runtime import STORAGE
-from svcli_export.contract import GraphName, GraphSpec
+from svcli_export.contract import GraphSpec
 from svcli_export.manifest import Manifest
 from svcli_export.runtime import open_session
 from tests.engines.fake_cuda import FakeCuda, Fault, Work
@@ -49,7 +49,6 @@ TARGET = "sm_89"
 SCRATCH = {"vision.plan": 5000, "prefill.plan": 9000, "decode.plan": 700, "decoder.plan": 9100}
 _MAGIC = b"plan"
 _NAMES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "int32": "INT32"}
-_PHASES: tuple[GraphName, ...] = ("vision", "prefill", "decode")
 
 Edit = Callable[[str, dict[str, Any]], None]
 """Changes the description of a plan before it is written, given its file name."""
@@ -61,6 +60,7 @@ def build_plans(
     layout: EngineLayout,
     backend: Backend = "tensorrt",
     edit: Edit = lambda _file, _plan: None,
+    num_sequences: int = 1,
 ) -> PlanSet:
     """What `svcli build-engine` leaves in a bundle, for the runtime below."""
     plans = PlanSet(bundle, backend, TARGET)
@@ -68,10 +68,11 @@ def build_plans(
     plans.folder.mkdir(parents=True)
     files = {}
     for file in plan_files(layout):
-        phases = [phase for phase in _PHASES if PLACES[layout][phase][0] == file]
+        phases = phases_of(layout, file, num_sequences)
         graph = _graph(bundle, manifest, layout, phases[0])
-        profiles = [phase_ranges(manifest.contract, layout, phase) for phase in phases]
-        plan = _description(graph, phase_spec(manifest.contract, layout, phases[0]), profiles, SCRATCH[file])
+        profiles = [phase_ranges(manifest.contract, layout, phase, num_sequences) for phase in phases]
+        spec = phase_spec(manifest.contract, layout, phases[0], num_sequences)
+        plan = _description(graph, spec, profiles, SCRATCH[file])
         edit(file, plan)
         data = _MAGIC + json.dumps(plan).encode()
         (plans.folder / file).write_bytes(data)
@@ -97,6 +98,7 @@ def build_plans(
         precision=contract.precision,
         max_context=contract.max_context,
         capacity=contract.capacity,
+        num_sequences=num_sequences,
         sources=built_from(manifest),
         plans=files,
     )
@@ -104,8 +106,8 @@ def build_plans(
     return plans
 
 
-def _graph(bundle: Path, manifest: Manifest, layout: EngineLayout, phase: GraphName) -> Path:
-    if phase != "prefill":
+def _graph(bundle: Path, manifest: Manifest, layout: EngineLayout, phase: PlanPhase) -> Path:
+    if phase == "vision" or phase == "decode":
         return bundle / manifest.contract.graph(phase).file
     path = bundle / ("decoder.onnx" if layout == "shared" else "alone.onnx")  # beside the weights that it points into
     onnx.save(phase_graph(bundle, manifest, layout, phase), path)
@@ -363,8 +365,8 @@ class Context:
     def _memory(self, name: str, job: Job) -> np.ndarray[Any, np.dtype[Any]]:
         """The tensor, on the GPU."""
         tensor = self.engine.tensors[name]
-        pictures = job.shapes.get("pixels", (1,))[0]
-        shape = job.shapes.get(name) or [pictures if size == -1 else size for size in tensor["shape"]]
+        count = job.shapes.get("pixels", job.shapes.get("input_ids", (1,)))[0]
+        shape = job.shapes.get(name) or [count if size == -1 else size for size in tensor["shape"]]
         dtype = STORAGE[tensor["dtype"]]
         memory = self.engine.module.cuda.memory(job.addresses[name], int(np.prod(shape)) * dtype.itemsize)
         return memory.view(dtype).reshape(shape)
@@ -378,7 +380,7 @@ class Context:
         rows = feeds["pixels" if "pixels" in feeds else "position_ids"]
         if isinstance(self.config, RtxRuntimeConfig) and self.config.cache is not None:
             self.config.cache.compile(path.stem)
-        self.engine.module.runs.append((path.stem, len(rows) if "pixels" in feeds else rows.shape[1]))
+        self.engine.module.runs.append((path.stem, len(rows) if "pixels" in feeds else rows.size))
         for name, value in zip(outputs, _session(path).run(outputs, feeds), strict=True):
             self._memory(name, job)[...] = value
 

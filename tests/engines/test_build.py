@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -546,6 +547,20 @@ def test_rtx_builds_the_bundled_model_for_every_target_that_is_promised(
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert all(outcome.built == () for outcome in build_plans(bundle, options, targets).outcomes)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.usefixtures("rtx")
+def test_rtx_builds_decode_of_several_sequences(bundled_fp16: Path, tmp_path: Path) -> None:
+    """Beside that of one, in one plan, with every cache update a native layer."""
+    bundle = Path(shutil.copytree(bundled_fp16, tmp_path / "bundle"))
+    result = build_plans(bundle, replace(RTX, num_sequences=8), CI_TARGETS)
+    assert_built(result, bundle, SPLIT)
+    for outcome in result.outcomes:
+        assert outcome.record.num_sequences == 8
+        one, several = outcome.record.plans["decode.plan"].profiles
+        assert (one["input_ids"].max[0], several["input_ids"].max) == (1, (8, 1))
 
 
 @pytest.mark.trt

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from skipvision.layout import TokenLayout
-from svcli_engines import onnx_engine, torch_engine
+from svcli_engines import onnx_engine, torch_steps
 from svcli_engines.base import Engine, EngineError, MachineError, Pixels
 from svcli_engines.onnx_engine import OnnxEngine
 from svcli_engines.torch_engine import TorchEngine, TorchPrecision
@@ -206,7 +206,8 @@ def capture_by_tracing(engine: TorchEngine) -> Callable[[Callable[[], None]], Ca
     """A CUDA graph on the CPU: the operations of one step, on the very tensors they had, and nothing of Python's."""
 
     def capture(step: Callable[[], None]) -> Callable[[], None]:
-        tensors = [*engine._cache.keys, *engine._cache.values, engine._cache.lengths, engine._cache.next_positions]
+        cache, counts = engine._shared.cache, engine._shared.steps[1]._cache
+        tensors = [*cache.keys, *cache.values, counts.lengths, counts.next_positions]
         before = [tensor.clone() for tensor in tensors]
         traced = make_fx(lambda: step())()
         for tensor, value in zip(tensors, before, strict=True):  # a capture runs nothing
@@ -218,8 +219,8 @@ def capture_by_tracing(engine: TorchEngine) -> Callable[[Callable[[], None]], Ca
 
 def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
     """The engine as it is on CUDA."""
-    engine.decode_mode = "warming up"
-    monkeypatch.setattr(torch_engine, "capture", capture_by_tracing(engine))
+    engine._shared.steps[1].mode = "warming up"
+    monkeypatch.setattr(torch_steps, "capture", capture_by_tracing(engine))
     return engine
 
 
@@ -249,7 +250,7 @@ def test_torch_without_a_graph_says_why_and_goes_on(exported: Exported, monkeypa
     def refuse(_step: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing\nand much more")
 
-    monkeypatch.setattr(torch_engine, "capture", refuse)
+    monkeypatch.setattr(torch_steps, "capture", refuse)
     for ids in (PROMPTS["one image first"], PROMPTS["text only"]):
         np.testing.assert_array_equal(prefill(engine, exported, ids), prefill(reference, exported, ids))
         for token in NEW:
@@ -291,7 +292,7 @@ def test_torch_that_cannot_compile_says_why_and_goes_on(exported: Exported, monk
 
         return step
 
-    monkeypatch.setattr(torch_engine, "compile_step", refuse)
+    monkeypatch.setattr(torch_steps, "compile_step", refuse)
     engine, reference = exported.engine_of_checkpoint(compiled=True), exported.torch_engine()
     for ids in (PROMPTS["one image first"], PROMPTS["text only"]):
         prefill(engine, exported, ids), prefill(reference, exported, ids)
@@ -313,7 +314,7 @@ def test_a_compiled_step_that_fails_later_is_an_error(exported: Exported, monkey
 
         return run
 
-    monkeypatch.setattr(torch_engine, "compile_step", once)
+    monkeypatch.setattr(torch_steps, "compile_step", once)
     engine = exported.engine_of_checkpoint(compiled=True)
     prefill(engine, exported, PROMPTS["text only"])
     engine.extend([5])

@@ -132,10 +132,10 @@ def test_a_second_question_extends_and_encodes_nothing(processor: Processor) -> 
     engine = Scripted([9, 10, END, 11, END])
     conversation = Conversation(engine, processor)
     _, first = split(conversation.ask("what is this?", [PICTURE]))
-    assert not first.extended
+    assert first.num_shared_rows == 0
     engine.calls.clear()
     _, second = split(conversation.ask("how many?"))
-    assert second.extended
+    assert second.num_shared_rows > 0
     # The end of the first answer and the second question in one go; then its one token.
     question = [END, 2, *ids_of(processor, "how many?"), 3]
     assert engine.calls == [("extend", len(question)), ("extend", 1)]
@@ -150,12 +150,12 @@ def test_extending_gives_what_prefilling_all_gives(exported: Exported) -> None:
     split(conversation.ask("what is this?", [PICTURE], sampling))
     said = conversation.messages
     extended, stats = split(conversation.ask("a red ball?", sampling=sampling))
-    assert stats.extended
+    assert stats.num_shared_rows > 0
     messages = [*said, Message("user", "a red ball?")]
     prefilled, stats = split(
         generate(exported.onnx_engine(), exported.processor, [PICTURE], messages, sampling=sampling)
     )
-    assert not stats.extended
+    assert stats.num_shared_rows == 0
     assert extended == prefilled
 
 
@@ -264,7 +264,7 @@ def test_rows_that_saw_skipped_ones_are_not_taken_for_others(exported: Exported)
     split(conversation.answer(conversation.messages[:-1], conversation.images))
     assert [name for name, _ in engine.calls] == ["prefill", "extend"]
     engine.calls.clear()
-    assert split(conversation.ask("and?"))[1].extended
+    assert split(conversation.ask("and?"))[1].num_shared_rows > 0
 
 
 def test_which_tokens_were_retained_can_be_asked(processor: Processor) -> None:
@@ -287,7 +287,7 @@ def test_an_answer_broken_off_stays_and_the_next_question_works(exported: Export
     assert [message.role for message in conversation.messages] == ["user", "assistant"]
     assert conversation.messages[1].ids
     _, stats = split(conversation.ask("why?", sampling=Sampling(max_new_tokens=2)))
-    assert stats.extended
+    assert stats.num_shared_rows > 0
 
 
 def test_a_refused_question_changes_nothing(processor: Processor) -> None:
@@ -299,7 +299,7 @@ def test_a_refused_question_changes_nothing(processor: Processor) -> None:
         with pytest.raises(PromptError):
             conversation.ask(question)
     assert conversation.messages == before
-    assert split(conversation.ask("and?"))[1].extended
+    assert split(conversation.ask("and?"))[1].num_shared_rows > 0
 
 
 def test_reset_forgets_pictures_and_words(processor: Processor) -> None:
@@ -308,7 +308,7 @@ def test_reset_forgets_pictures_and_words(processor: Processor) -> None:
     split(conversation.ask("what?", [PICTURE]))
     conversation.reset()
     _, stats = split(conversation.ask("what?"))
-    assert (stats.num_images, stats.extended) == (0, False)
+    assert (stats.num_images, stats.num_shared_rows) == (0, 0)
 
 
 def test_limits_are_told_in_numbers(processor: Processor) -> None:

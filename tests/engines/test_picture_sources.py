@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from svcli_engines import picture_sources
+from svcli_engines import picture_fetching, picture_sources
 from svcli_engines.images import ImageError
 from svcli_engines.picture_sources import find_pictures, sent_picture
 from svcli_engines.picture_urls import FetchLimits
@@ -176,7 +176,7 @@ def test_a_url_is_fetched_when_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append((url, limits))
         return png()
 
-    monkeypatch.setattr(picture_sources, "fetch_picture", fetch)
+    monkeypatch.setattr(picture_fetching, "fetch_picture", fetch)
     (source,) = find_pictures("HTTPS://host/a.png?key=secret#there")
     assert source.name == "HTTPS://host/a.png"
     assert asked == []

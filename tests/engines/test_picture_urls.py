@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from skipvision.pictures import ImageError
+from svcli_engines.picture_fetching import FetchError, fetch_picture, is_public
 from svcli_engines.picture_sources import find_pictures
-from svcli_engines.picture_urls import FetchError, FetchLimits, fetch_picture, is_public, url_name
+from svcli_engines.picture_urls import FetchLimits, url_name
 
 CERTIFICATE = Path(__file__).parent / "pictures.example.pem"
 """Of pictures.example, with its key; of use in tests alone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,26 @@ def test_adapted_graphs_do_what_the_bundles_do(
     model = read(source, "prefill" if phase == "append" else phase)  # type: ignore[arg-type]
     # Sums over the same rows and over masked ones of the whole buffer.
     assert_same(run(adapt(model, backend), bundle, given), run(model, bundle, given), tolerance=1e-4)
+
+
+@needs_opset_24
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decode_of_several_sequences_does_what_the_bundles_does(
+    exported: Exported, backend: Backend, tmp_path: Path
+) -> None:
+    """Each with a length and positions of its own."""
+    bundle = Path(shutil.copytree(exported.bundle, tmp_path / "bundle"))
+    lengths = np.array([CACHED, 3, 0])
+    given = {
+        name: np.random.default_rng(1).standard_normal((3, *value.shape[1:])).astype(value.dtype)
+        for name, value in feeds(exported.manifest, "decode").items()
+        if name.startswith("past")
+    }
+    given |= {"input_ids": np.array([[5], [6], [7]]), "position_ids": lengths[:, None] + 6, "write_index": lengths}
+    model = read(exported, "decode")
+    found = adapt(model, backend, num_sequences=3)
+    assert [each.dim_param for each in found.graph.input[0].type.tensor_type.shape.dim] == ["num_sequences", "num_new"]
+    assert_same(run(found, bundle, given), run(model, bundle, given), tolerance=1e-4)
 
 
 @needs_opset_24
@@ -269,14 +290,15 @@ def test_all_that_svcli_exports_in_fp16_can_be_built(skip: str, tmp_path: Path) 
     for layout, files in layouts.items():
         for file in files:
             spec = phase_spec(exported.manifest.contract, layout, phases_of(layout, file)[0])
-            for backend in BACKENDS:
-                model = plan_graph(exported.bundle, exported.manifest, layout, file, backend)
+            for backend, num_sequences in product(BACKENDS, (1, 4)):
+                model = plan_graph(exported.bundle, exported.manifest, layout, file, backend, num_sequences)
                 assert [tensor.name for tensor in model.graph.input] == list(spec.input_names)
 
 
 def test_a_plan_runs_its_phases_in_the_order_of_its_profiles() -> None:
     assert [phases_of("split", f"{phase}.plan") for phase in PHASES] == [("vision",), ("prefill",), ("decode",)]
     assert phases_of("shared", "decoder.plan") == ("prefill", "decode")
+    assert phases_of("split", "decode.plan", 2) == ("decode", "batch")
 
 
 def test_layouts_differ_by_one_copy_of_the_decoder(fp16: Exported) -> None:

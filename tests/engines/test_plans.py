@@ -19,6 +19,7 @@ from svcli_engines.plans import (
     RuntimeFacts,
     built_from,
     check_fits,
+    check_sequences,
     find_plan_sets,
     load_record,
     phase_ranges,
@@ -115,7 +116,7 @@ def test_other_runtime_is_refused(
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
-        (lambda record: record.update(format_version=2), "its format 2 is not the 1"),
+        (lambda record: record.update(format_version=1), "its format 1 is not the 2"),
         (lambda record: record.pop("format_version"), "its format None"),
         (lambda record: record.update(max_context=512), "built for 512 rows of context"),
         (lambda record: record.update(capacity=99), "(99 cached)"),
@@ -123,6 +124,8 @@ def test_other_runtime_is_refused(
         (lambda record: record["sources"].update({"decode.onnx": "0"}), "decode.onnx has changed"),
         (lambda record: record["sources"].pop("weights.safetensors"), "weights.safetensors has changed"),
         (lambda record: record.update(colour="red"), "colour: Extra inputs"),
+        (lambda record: record.pop("num_sequences"), "num_sequences: Field required"),
+        (lambda record: record.update(num_sequences=0), "num_sequences: Input should be greater than 0"),
         (lambda record: record.pop("layout"), "layout: Field required"),
         (lambda record: record["plans"].pop("vision.plan"), "layout split has the plans"),
         (lambda record: record["plans"]["vision.plan"].update(size=0), "vision.plan.size"),
@@ -187,6 +190,30 @@ def test_shared_decoder_is_prefill_behind_a_cache(exported: Exported, phase: Gra
         rows = {ranges[name].max for name in ("input_ids", "source", "position_ids", "visible_until", "kept_index")}
         assert rows == {(1, min(MAX_NEW, contract.capacity))}
         assert ranges["visual"].min == ranges["visual"].max
+
+
+def test_several_sequences_have_a_profile_beside_that_of_one(exported: Exported) -> None:
+    contract = exported.manifest.contract
+    assert phase_ranges(contract, "split", "decode", 4) == phase_ranges(contract, "split", "decode")
+    assert phase_ranges(contract, "split", "prefill", 4) == phase_ranges(contract, "split", "prefill")
+    for name, each in phase_ranges(contract, "split", "batch", 4).items():
+        rest = contract.cache_shape[1:] if name.startswith("past") else (() if name == "write_index" else (1,))
+        assert (each.min, each.opt, each.max) == ((1, *rest), (4, *rest), (4, *rest))
+    assert phase_spec(contract, "split", "batch", 4).inputs[0].shape == ("num_sequences", "num_new")
+    assert phase_spec(contract, "split", "decode", 1).inputs[0].shape == (1, "num_new")
+
+
+def test_plans_for_several_sequences_are_built_again_for_as_many(exported: Exported, bundle: Path) -> None:
+    plans = build_plans(bundle, exported.manifest, "split", num_sequences=4)
+    record = load_record(plans)
+    (plans.folder / "decode.plan").unlink()
+    assert refused(plans, exported).endswith("--target sm_89 --sequences 4`")
+    check_sequences(plans, record, 4)
+    with pytest.raises(PlanError, match=r"built for 4 sequences at a time, and 5 are asked for; .* --sequences 5`"):
+        check_sequences(plans.as_built(record, exported.manifest.contract), record, 5)
+    shared = build_plans(bundle, exported.manifest, "shared")
+    change(shared, lambda data: data.update(num_sequences=4))
+    assert "layout shared runs one sequence, not 4" in refused(shared, exported)
 
 
 def test_record_is_a_closed_value(plans: PlanSet) -> None:

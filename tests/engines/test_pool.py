@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svcli_engines import onnx_engine
-from svcli_engines.base import Alone, EngineError, Pool
+from svcli_engines.base import EngineError
 from svcli_engines.onnx_engine import OnnxEngine, OnnxPool
 from svcli_export.contract import CACHE_PARTS
 from svcli_export.runtime import open_session
@@ -165,16 +165,3 @@ def test_slots_share_graphs_and_lie_in_one_buffer(exported: Exported, monkeypatc
     assert [slot.length for slot in pool.slots] == [0, 11, 11]
     pool.close()
     assert [slot.length for slot in pool.slots] == [0, 0, 0]
-
-
-def test_one_engine_is_a_pool_too(exported: Exported) -> None:
-    pools: list[Pool] = [
-        Alone(exported.onnx_engine()),
-        OnnxPool(exported.bundle, exported.manifest, num_threads=1, num_slots=1),
-    ]
-    logits = []
-    for pool in pools:
-        prefill(pool.slots[0], exported, PROMPTS["text only"])
-        logits.append(pool.step({0: 9})[0])
-        pool.close()
-    np.testing.assert_array_equal(logits[0], logits[1])

@@ -65,6 +65,7 @@ def test_a_seed_repeats_the_draw_and_frequencies_fit() -> None:
         {"top_p": 0},
         {"top_p": 1.1},
         {"max_new_tokens": 0},
+        {"seed": -1},
     ],
 )
 def test_settings_out_of_range_name_themselves(setting: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import Queue
 
@@ -52,6 +52,9 @@ class Several:
     def step(self, new_ids: Mapping[int, int]) -> dict[int, Logits]:
         self.steps.append(sorted(new_ids))
         return {slot: self.slots[slot].extend([token]) for slot, token in new_ids.items()}
+
+    def width(self, numbers: Collection[int]) -> int:
+        return max(numbers) - min(numbers) + 1
 
     def close(self) -> None:
         self.closed = True
@@ -208,7 +211,7 @@ def test_an_error_in_a_step_ends_its_answers_and_no_others(processor: Processor,
         assert "the device is gone" in str(error)
         _, stats = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=2)).wait()
         assert isinstance(stats, Stats)
-        assert not stats.extended  # what was in the cache is not trusted
+        assert stats.num_shared_rows == 0  # what was in the cache is not trusted
 
 
 def test_the_next_turn_finds_the_rows_of_the_one_before(exported: Exported) -> None:
@@ -225,6 +228,26 @@ def test_the_next_turn_finds_the_rows_of_the_one_before(exported: Exported) -> N
             assert isinstance(event, Stats)
             assert event.num_shared_rows > 8
             assert event.vision_seconds == 0
+
+
+def test_answers_stay_together_in_slots_that_were_left_alone(processor: Processor, gate: threading.Event) -> None:
+    pool = Several([Gated(gate) for _ in range(4)])
+    with scheduled(pool, processor) as scheduler:
+        callers = [Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=n)) for n in (90, 50, 70, 30)]
+        gate.set()
+        for caller in callers:
+            caller.wait()
+        pool.steps.clear()
+        one = Caller(scheduler, "and?", sampling=Sampling(max_new_tokens=10**8))
+        assert isinstance(one.heard.get(timeout=SECONDS), Piece)
+        two = Caller(scheduler, "why?", sampling=Sampling(max_new_tokens=10**8))
+        assert isinstance(two.heard.get(timeout=SECONDS), Piece)
+        for caller in (one, two):
+            scheduler.cancel(caller.request)
+    # They ended in the order 3, 1, 2, 0. Behind 3, the older half of the others is 1 and 2, and 2 is beside it.
+    assert pool.steps[0] == [3]
+    assert pool.steps[-1] in ([2, 3], [2], [3])
+    assert [2, 3] in pool.steps
 
 
 def test_a_picture_is_looked_at_between_two_steps(processor: Processor, gate: threading.Event) -> None:

@@ -27,6 +27,7 @@ from svcli_engines.plans import Backend, EngineLayout, PlanError, PlanSet
 from svcli_engines.plugins.compile import cache_folder
 from svcli_engines.sampling import Sampling
 from svcli_engines.tensorrt_engine import TensorRTEngine
+from svcli_engines.tensorrt_phases import OpenPlans
 from svcli_engines.tensorrt_runtime import Phase, TensorRT
 from svcli_export.contract import CACHE_PARTS
 from tests.engines import fake_tensorrt
@@ -602,12 +603,12 @@ def test_ctrl_c_in_a_capture_leaves_a_stream_that_runs(skip: Exported, monkeypat
     prefill(rig.engine, skip, ids)
     for token in (5, 6):
         rig.engine.extend([token])
-    submit = TensorRTEngine._submit
-    monkeypatch.setattr(TensorRTEngine, "_submit", interrupted)
+    submit = OpenPlans._submit
+    monkeypatch.setattr(OpenPlans, "_submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rig.engine.extend([7])
     assert "cudaStreamBeginCapture" in rig.cuda.calls
-    monkeypatch.setattr(TensorRTEngine, "_submit", submit)
+    monkeypatch.setattr(OpenPlans, "_submit", submit)
     np.testing.assert_array_equal(prefill(rig.engine, skip, ids), prefill(skip.onnx_engine(), skip, ids))
     rig.engine.close()
     rig.cuda.check_released()
@@ -616,7 +617,7 @@ def test_ctrl_c_in_a_capture_leaves_a_stream_that_runs(skip: Exported, monkeypat
 def test_nothing_is_freed_while_the_gpu_still_works(skip: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after Ctrl-C between a run and its end."""
     rig = start(skip)
-    monkeypatch.setattr(TensorRTEngine, "_finish", interrupted)
+    monkeypatch.setattr(OpenPlans, "_finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prefill(rig.engine, skip, PROMPTS["text only"])
     contexts = len(rig.tensorrt.contexts)
@@ -734,8 +735,8 @@ def differs_from_onnx(rig: Rig, exported: Exported) -> bool:
 def test_stale_cache_row_is_caught(skip: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     feeds = TensorRTEngine._decode_feeds
 
-    def one_row_too_far(engine: TensorRTEngine, ids: list[int]) -> dict[str, Any]:
-        return {**feeds(engine, ids), "write_index": np.array([engine.length + 1], np.int64)}
+    def one_row_too_far(engine: TensorRTEngine, ids: list[int], first: int) -> dict[str, Any]:
+        return {**feeds(engine, ids, first), "write_index": np.array([engine.length + 1], np.int64)}
 
     assert not differs_from_onnx(start(skip), skip)
     monkeypatch.setattr(TensorRTEngine, "_decode_feeds", one_row_too_far)
@@ -755,7 +756,7 @@ def test_input_changed_after_its_copy_was_enqueued_is_caught(skip: Exported, mon
 
     def enqueue_and_tidy_up(phase: Phase) -> None:
         enqueue(phase)
-        rig.engine._buffers["input_ids"].host[...] = 0
+        rig.engine._plans._buffers["input_ids"].host[...] = 0
 
     monkeypatch.setattr(Phase, "enqueue", enqueue_and_tidy_up)
     assert not np.allclose(prefill(rig.engine, skip, PROMPTS["text only"]), expected, atol=TOLERANCES["fp32"])
@@ -818,13 +819,13 @@ def test_scratch_memory_that_is_too_small_is_caught(skip: Exported, monkeypatch:
 def test_context_that_changes_behind_its_graph_is_caught(skip: Exported) -> None:
     rig = start(skip)
     two_turns(rig.engine, skip, PROMPTS["text only"])
-    rig.engine._phases["step"].set_shapes({"input_ids": (1, 2), "position_ids": (1, 2), "write_index": (1,)})
+    rig.engine._plans.steps[1].phase.set_shapes({"input_ids": (1, 2), "position_ids": (1, 2), "write_index": (1,)})
     with pytest.raises(Fault, match="context has changed"):
         rig.engine.extend([5])
 
 
 def test_capture_without_a_warm_up_is_caught(skip: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svcli_engines.tensorrt_engine._WARM_UP", 0)
+    monkeypatch.setattr("svcli_engines.tensorrt_phases._WARM_UP", 0)
     rig = start(skip)
     prefill(rig.engine, skip, PROMPTS["text only"])
     rig.engine.extend([5])

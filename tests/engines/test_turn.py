@@ -95,3 +95,22 @@ def test_nothing_is_told_unless_asked_for(exported: Exported) -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(SamplingError):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_that_was_begun_goes_on_as_if_it_had_not_broken_off(exported: Exported, temperature: float) -> None:
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(12, exported.processor.config.text.vocab_size)).astype(np.float32)
+
+    def ids(rows: Logits, begin: tuple[int, ...] = ()) -> list[int]:
+        turn = Turn(exported.processor, Sampling(temperature=temperature, seed=1, min_new_tokens=12, begin=begin))
+        pieces = [turn.take(row) for row in rows]
+        told = [token for piece in pieces for token in piece.ids]
+        assert told == turn.ids[: len(told)]
+        return turn.ids
+
+    whole = ids(rows)
+    different = rows.copy()
+    different[:5] = rows[::-1][:5]
+    assert ids(different)[:5] != whole[:5]
+    assert ids(different, tuple(whole[:5])) == whole

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SERVING = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs" / "eval.md").read_text(encoding="utf-8")
+TRITON = (ROOT / "docs" / "triton.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
@@ -34,7 +35,9 @@ def test_the_figure_of_the_tokens_is_the_one_that_the_recipe_gives() -> None:
     assert drawing["draw"](read_scratch_recipe(drawing["RECIPE"]).model) == (ROOT / "docs" / "tokens.svg").read_text()
 
 
-@pytest.mark.parametrize("line", commands(README) + commands(SERVING) + commands(EVALUATION) + commands(TRAINING))
+@pytest.mark.parametrize(
+    "line", commands(README) + commands(SERVING) + commands(TRITON) + commands(EVALUATION) + commands(TRAINING)
+)
 def test_commands_of_the_documents_exist(line: str) -> None:
     _, *words = shlex.split(line, comments=True)
     command = words[:2] if words[0] == "data" else words[:1]

@@ -164,11 +164,12 @@ class Process:
 
 
 @contextmanager
-def serving(*options: str | Path, **environment: str) -> Iterator[Process]:
-    """The bundled model on a free port of loopback."""
+def serving(*options: str | Path, first: str = "", **environment: str) -> Iterator[Process]:
+    """The bundled model on a free port of loopback; `first`: Python that runs before."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "export", "engines"))
     environ = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "svcli", "serve", "--port", "0", "--threads", "1", *map(str, options)]
+    program = f"{first}\nfrom svcli.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "serve", "--port", "0", "--threads", "1", *map(str, options)]
     started = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     assert started.stderr is not None
     lines = [started.stderr.readline()]

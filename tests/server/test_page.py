@@ -35,14 +35,26 @@ FLAGS = (
     "host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )
 QUESTION = "How many hamburgers are there?"
-DROP = """
+FILE = """
 const [name, kind, data] = arguments;
 const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
 const dataTransfer = new DataTransfer();
 dataTransfer.items.add(new File([bytes], name, { type: kind }));
-document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+const options = { bubbles: true, cancelable: true };
 """
+DROP = FILE + 'document.body.dispatchEvent(new DragEvent("drop", { ...options, dataTransfer }));'
 """A file dropped on the page, as the browser tells it."""
+PASTE = (
+    FILE
+    + """
+return document.activeElement.dispatchEvent(new ClipboardEvent("paste", { ...options, clipboardData: dataTransfer }));
+"""
+)
+"""A file pasted where the cursor is; false where the page took it."""
+PASTE_TEXT = """
+options.clipboardData.setData("text/plain", "a");
+return document.activeElement.dispatchEvent(new ClipboardEvent("paste", options));
+"""
 CLEAR_AND_DIM = """
 const canvas = document.getElementById("overlay");
 const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -176,19 +188,22 @@ def test_a_picture_is_asked_about_dense_and_skipped(browser: Browser, both: Proc
 
     browser.find("#question").send_keys(QUESTION + Keys.ENTER)
     browser.wait(browser.is_done)
-    assert browser.texts("h3") == [MODEL, f"{MODEL}:dense"]
+    assert browser.texts("h3") == [QUESTION]
+    assert browser.texts("h4") == [MODEL, f"{MODEL}:dense"]
     assert all(browser.texts("article .text"))
     assert browser.texts('[data-fact="visual"]') == [f"{kept} of {full}", f"{full} of {full}"]
     assert all(re.fullmatch(r"\d+ ms", each) for each in browser.texts('[data-fact="first"]'))
-    assert browser.find("#difference").text
+    assert browser.find(".difference").text
     assert browser.find("#problem").text == ""
 
-    # A second question computes what is new.
-    browser.find("#question").send_keys(" Say it." + Keys.ENTER)
-    browser.wait(browser.is_done)
-    cached = browser.texts('[data-fact="cached"]')
-    assert len(cached) == 2
-    assert all(int(each) > 0 for each in cached)
+    # A second question goes behind the first, and computes what is new.
+    rows = list(map(int, browser.texts('[data-fact="rows"]')))
+    browser.find("#question").send_keys("And what is left?" + Keys.ENTER)
+    browser.wait(lambda: len(browser.texts(".turn")) == 2 and browser.is_done())
+    cached = browser.texts('.turn:last-child [data-fact="cached"]')
+    assert [int(each) >= before for each, before in zip(cached, rows, strict=True)] == [True, True]
+    assert browser.texts("h3") == [QUESTION, "And what is left?"]
+    assert browser.texts('.turn:last-child [data-fact="visual"]') == [f"{kept} of {full}", f"{full} of {full}"]
 
     browser.find("#mark").send_keys(" ")
     assert not browser.find("#overlay").is_displayed()
@@ -217,6 +232,46 @@ def test_the_answer_is_the_one_that_the_server_gives(browser: Browser, both: Pro
     said = browser.driver.execute_async_script(script, MODEL, url, QUESTION)
     assert browser.texts("article .text") == [said.strip()]
     assert browser.find("#picture").get_attribute("alt") == "The picture: <b>a</b>.png"
+
+
+def test_a_pasted_picture_begins_a_conversation_and_so_does_the_button(browser: Browser, both: Process) -> None:
+    browser.open(both)
+    browser.find("#compare").click()
+    data = base64.b64encode(PICTURE.read_bytes()).decode()
+    browser.find("#question").send_keys("What")
+    assert browser.driver.execute_script(PASTE, "image.png", "image/png", data) is False
+    browser.wait(lambda: "patches that were retained" in browser.find("#picture-note").text)
+    # Text is for the field.
+    text = "const options = { bubbles: true, cancelable: true, clipboardData: new DataTransfer() };" + PASTE_TEXT
+    assert browser.driver.execute_script(text) is True
+    assert not browser.find("#new").is_enabled()
+    browser.find("#question").send_keys(" is this?" + Keys.ENTER)
+    browser.wait(browser.is_done)
+    first = browser.find(".text").text
+    assert browser.find("#question").get_attribute("value") == ""
+    browser.find("#new").click()
+    assert browser.texts(".turn") == []
+    assert browser.driver.switch_to.active_element.get_attribute("id") == "question"
+    # The picture is still there, and nothing that was said.
+    browser.find("#question").send_keys("What is this?" + Keys.ENTER)
+    browser.wait(browser.is_done)
+    assert browser.texts(".text") == [first]
+    assert "of" in browser.find('[data-fact="visual"]').text
+    browser.driver.execute_script(DROP, "again.png", "image/png", data)
+    browser.wait(lambda: browser.texts(".turn") == [])
+
+
+def test_a_question_that_fails_is_not_lost(browser: Browser, both: Process) -> None:
+    browser.open(both)
+    long = "how many? " * 400
+    browser.driver.execute_script("document.getElementById('question').value = arguments[0]", long)
+    browser.find("#question").send_keys(Keys.ENTER)
+    browser.wait(lambda: browser.is_done() and browser.find("#problem").is_displayed())
+    assert browser.find("#question").get_attribute("value") == long.strip()
+    browser.find("#question").clear()
+    browser.find("#question").send_keys("What is this?" + Keys.ENTER)
+    browser.wait(lambda: len(browser.texts(".turn")) == 2 and browser.is_done())
+    assert not browser.find("#problem").is_displayed()  # what failed is not sent again
 
 
 def test_it_fits_a_telephone_and_tells_what_is_wrong(browser: Browser, both: Process) -> None:
@@ -256,7 +311,7 @@ def test_it_asks_for_the_key_and_stopping_frees_the_slot(browser: Browser, endle
         browser.driver.execute_async_script(STOP_AT_THE_FIRST_WORD)
         browser.wait(browser.is_done)
         assert browser.texts('[data-fact="answer"]') == ["stopped"]
-        assert browser.texts("h3") == [NAME]
+        assert browser.texts("h4") == [NAME]
         assert browser.find("#problem").text == ""
         assert process.end() == 0
     assert any("/v1/chat/completions 499" in line for line in process.lines), process.lines

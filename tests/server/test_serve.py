@@ -299,11 +299,7 @@ def test_a_second_signal_ends_at_once(endless: Path) -> None:
             "--api-key-env and --api-key-file: one of them",
         ),
         ([], {"SVCLI_API_KEY": "\u00e9"}, "SVCLI_API_KEY: a key is of ASCII letters"),
-        (
-            ["--engine", "torch", "--parallel", "2"],
-            {},
-            "torch runs one sequence at a time",
-        ),
+        (["--engine", "torch", "--threads", "2"], {}, "--threads is for onnxruntime, not for torch"),
     ],
 )
 def test_what_is_not_safe_or_not_there_is_refused(
@@ -313,6 +309,15 @@ def test_what_is_not_safe_or_not_there_is_refused(
     assert done.exit_code == 2
     assert done.stderr.startswith(f"Error: {message}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_key_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\x89PNG\xff")
+    done = CliRunner().invoke(app, ["serve", "--port", "0", "--api-key-file", str(tmp_path / "key")])
+    assert (done.exit_code, done.stderr) == (
+        2,
+        f"Error: {tmp_path / 'key'}: a key is of ASCII letters, digits and signs\n",
+    )
 
 
 def test_a_port_that_is_taken_is_told() -> None:

@@ -9,6 +9,7 @@ let picture = null; // {url}: a data: URL
 let seen = null; // what the model that is chosen kept of it
 let asking = null; // an AbortController, while something is asked
 const looks = new Map(); // of the picture, by model
+let turns = []; // {question, answers}: what was said, by model; the picture goes with the first
 
 // The server
 
@@ -151,7 +152,7 @@ async function show(file) {
     tell(`${file.name} cannot be read.`);
     return;
   }
-  asking?.abort();
+  begin();
   picture = { url: reader.result };
   looks.clear();
   find("picture").src = picture.url;
@@ -164,21 +165,47 @@ async function show(file) {
 
 // Asking
 
-function card(model) {
+// Another conversation.
+function begin() {
+  asking?.abort();
+  turns = [];
+  find("answers").replaceChildren();
+  find("new").disabled = true;
+  tell("");
+}
+
+function turn(question) {
+  const copy = find("turn").content.cloneNode(true);
+  copy.querySelector("h3").textContent = question;
+  const cards = copy.querySelector(".cards"), difference = copy.querySelector(".difference");
+  find("answers").append(copy);
+  return { cards, difference };
+}
+
+function card(model, cards) {
   const copy = find("answer").content.cloneNode(true);
-  copy.querySelector("h3").textContent = model;
+  copy.querySelector("h4").textContent = model;
   const text = copy.querySelector(".text");
   text.setAttribute("aria-busy", "true");
   const facts = {};
   for (const fact of copy.querySelectorAll("[data-fact]")) facts[fact.dataset.fact] = fact;
-  find("answers").append(copy);
+  cards.append(copy);
   return { text, facts };
 }
 
-function message(question) {
-  if (!picture) return { role: "user", content: question };
-  const parts = [{ type: "image_url", image_url: { url: picture.url } }, { type: "text", text: question }];
-  return { role: "user", content: parts };
+// What was said, and the question, for a model: with its own answers, or those of another where it was not asked.
+function conversation(model, question) {
+  const messages = [];
+  for (const { question: asked, answers } of turns) {
+    const [other] = answers.values();
+    messages.push({ role: "user", content: asked }, { role: "assistant", content: answers.get(model) ?? other });
+  }
+  messages.push({ role: "user", content: question });
+  if (picture) {
+    const text = { type: "text", text: messages[0].content };
+    messages[0].content = [{ type: "image_url", image_url: { url: picture.url } }, text];
+  }
+  return messages;
 }
 
 async function answer(model, messages, { text, facts }, signal) {
@@ -210,7 +237,8 @@ async function answer(model, messages, { text, facts }, signal) {
   facts.rows.textContent = usage.prompt_tokens;
   facts.cached.textContent = cached;
   facts.answer.textContent = `${usage.completion_tokens} tokens${finish === "length" ? ", cut off" : ""}`;
-  if (last > first) facts.rate.textContent = ((1000 * (usage.completion_tokens - 1)) / (last - first)).toFixed(1);
+  // Pieces that come together say nothing about a rate.
+  if (last - first > 20) facts.rate.textContent = ((1000 * (usage.completion_tokens - 1)) / (last - first)).toFixed(1);
 }
 
 function parting([one, other]) {
@@ -227,28 +255,32 @@ async function ask() {
   const controller = (asking = new AbortController());
   const twin = find("compare").checked && dense();
   const models = twin ? [model, twin] : [model];
-  const messages = [message(question)];
   tell("");
-  find("difference").textContent = "";
-  find("answers").replaceChildren();
+  const { cards: place, difference } = turn(question), before = turns, answers = new Map();
+  const cards = models.map((name) => card(name, place));
+  find("question").value = "";
   find("measured").hidden = false;
   find("ask").disabled = true;
-  find("stop").disabled = false;
-  const cards = models.map(card);
+  find("stop").disabled = find("new").disabled = false;
   if (picture && !seen) choose(); // a look that failed is tried again
   let all = true;
   for (const [index, name] of models.entries()) {
     const { text, facts } = cards[index];
     try {
-      if (all) await answer(name, messages, cards[index], controller.signal);
+      if (all) await answer(name, conversation(name, question), cards[index], controller.signal);
     } catch (error) {
       all = false;
       if (controller.signal.aborted) facts.answer.textContent = "stopped";
       else tell(error.message);
     }
     text.setAttribute("aria-busy", "false");
+    // What was said before it was stopped stands.
+    if (text.textContent) answers.set(name, text.textContent);
   }
-  if (all && twin) find("difference").textContent = parting(cards.map(({ text }) => text.textContent));
+  if (all && twin) difference.textContent = parting(cards.map(({ text }) => text.textContent));
+  if (turns === before && answers.size) turns.push({ question, answers });
+  else if (turns === before) find("question").value ||= question;
+  if (document.activeElement === find("question")) find("ask-form").scrollIntoView({ block: "nearest" });
   find("stop").disabled = true;
   find("ask").disabled = false;
   asking = null;
@@ -264,6 +296,10 @@ find("question").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   ask();
+});
+find("new").addEventListener("click", () => {
+  begin();
+  find("question").focus();
 });
 find("stop").addEventListener("click", () => asking?.abort());
 document.addEventListener("keydown", (event) => event.key === "Escape" && asking?.abort());
