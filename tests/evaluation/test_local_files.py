@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svcli.errors import MACHINE, USAGE, explain
+from svcli.__main__ import MACHINE
+from svcli.errors import USAGE, explain
 from svcli.evaluation.task import Exports, Task, TaskError
 from svcli.evaluation.tasks.local_files import Table, absent
 from svcli.evaluation.tasks.parquet import parquet_files, rows
