@@ -313,6 +313,57 @@ def serving() -> str:
     )
 
 
+def soak() -> str:
+    """A server through minutes of load."""
+    found = result("serving").get("soak")
+    if found is None:
+        raise NotMeasuredError("nothing was soaked: run `python -m benchmarks.serving` with `--soak 30`")
+    memory = found["memory_mib"]
+    rows = [["resident memory", *(f"{each:.0f} MiB" for each in memory)]]
+    header = ["", *(f"{number} fifth" for number in ("first", "second", "third", "fourth", "last"))]
+    change = memory[-1] / memory[1] - 1
+    return (
+        f"{table(header, rows)}\n\n{found['minutes']:.0f} minutes, 8 callers, {found['answers']:,} answers"
+        f" about pictures not seen before, {found['refused']} refused; medians. From the"
+        f" second fifth to the last memory {'grows' if change > 0 else 'falls'} by {percent(abs(change))};"
+        f" {on_machine(found)}."
+    )
+
+
+def faults() -> str:
+    """A server that is treated badly."""
+    found = result("server_faults")
+    told: dict[str, Callable[[Any], str]] = {
+        "malformed": lambda part: f"{part['requests']:,} malformed requests",
+        "garbage": lambda part: f"{part['connections']:,} connections with bytes that are no HTTP",
+        "hang_ups": lambda part: f"{part['connections']:,} clients that go away at any byte",
+        "slow_readers": lambda part: f"{part['readers']} readers who do not read",
+    }
+    rows = [["before", "", *_size(found["size"]["before"])]]
+    for name, said in told.items():
+        part = found[name]
+        statuses = ", ".join(f"{count:,} times {status}" for status, count in part.get("statuses", {}).items())
+        rows.append([said(part), statuses, *_size(part["size"])])
+    header = ["behind", "answered with", "resident memory", "threads", "open files"]
+    ends = [
+        f"{name} under load: {_heard(found[name])}, exit code {found[name]['exit_code']}"
+        for name in ("SIGTERM", "SIGKILL")
+    ]
+    return (
+        f"{table(header, rows)}\n\n{'. '.join(ends)}. The same question has the same answer behind each part;"
+        f" {on_machine(found['surroundings'])}."
+    )
+
+
+def _size(size: Any) -> list[str]:
+    return [mebibytes(size["bytes"]), str(size["threads"]), str(size["files"])]
+
+
+def _heard(part: Any) -> str:
+    heard = ", ".join(f"{count} heard {what}" for what, count in part["heard"].items())
+    return f"of {part['clients']} clients {heard}"
+
+
 def selection() -> str:
     """Whether what is retained is what matters."""
     found = result("accuracy").get("selection")
@@ -599,6 +650,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "training_work": training_work,
     "selection": selection,
     "serving": serving,
+    "soak": soak,
+    "faults": faults,
     "kernels": kernels,
     "gpu": gpu,
     "gpu_engine": gpu_engine,

@@ -124,7 +124,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("The bundled model: speed", ("speed", "engines", "start")),
     ("The main table in small", ("main_table",)),
     ("Training", ("training_ratio", "training_work", "training")),
-    ("Many callers", ("serving",)),
+    ("Many callers", ("serving", "soak", "faults")),
     ("Beside other engines", ("smollm2", "smollm2_texts")),
     ("Real sizes", ("loading", "export_size")),
     ("What the profiler finds", ("profile",)),

@@ -53,7 +53,7 @@ def test_only_what_is_listed_is_not_measured() -> None:
         ("README.md", {"accuracy", "twins", "speed", "start"}),
         ("docs/models.md", {"families", "loading", "export_size"}),
         ("docs/profile.md", {"profile"}),
-        ("docs/serve.md", {"serving"}),
+        ("docs/serve.md", {"serving", "soak", "faults"}),
         ("docs/training.md", {"training_ratio", "training_work", "main_table"}),
         ("benchmarks/README.md", {"engines", "smollm2", "smollm2_texts"}),
         (
