@@ -1,0 +1,259 @@
+"""What a bench has found, as one JSON file holds it. Every figure stands beside the rounds that it was made of."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from svcli.bench.statistics import Ratio, Spread, Strict, Verdict, halves_agree
+from svcli.errors import UsageError
+
+FORMAT: Literal[1] = 1
+DENSE, SKIPPED = "dense", "skipped"
+STAGES = ("picture", "vision", "prefill", "first_token", "decode", "end_to_end")
+TITLES = {
+    "picture": "picture",
+    "vision": "vision",
+    "prefill": "prefill",
+    "first_token": "first token",
+    "decode": "decode per token",
+    "end_to_end": "end to end",
+}
+"""Of the stages, where people read."""
+COLUMNS = (
+    "part", "at", "stage", "side", "rounds", "p50", "p95", "ratio", "low", "high", "flops", "bytes", "roof_seconds",
+    "roof_share",
+)  # fmt: skip
+"""Of the CSV; times in seconds, energy in joules."""
+
+
+class BenchError(UsageError):
+    """A results file that cannot be used."""
+
+
+class UnlikeError(UsageError):
+    """Two results that were not measured alike."""
+
+
+class Machine(Strict):
+    """Where it was measured."""
+
+    cpu: str
+    cores: int
+    """That the process may use."""
+    memory_bytes: int | None
+    gpu: str | None
+    """Of the engine that was measured; None where that was the CPU."""
+    load_before: float
+    """Load average over the minute before."""
+
+
+class Roof(Strict):
+    """How fast this machine could be at best."""
+
+    source: str
+    """How that was found out."""
+    flops_per_second: float
+    bytes_per_second: float
+
+    def seconds(self, flops: int, num_bytes: int) -> float:
+        """The longer of both; everything is read once."""
+        return max(flops / self.flops_per_second, num_bytes / self.bytes_per_second)
+
+
+class Model(Strict):
+    """What was run."""
+
+    name: str
+    weights: str
+    """SHA-256 of the weights."""
+    precision: str
+    skip: dict[str, Any] | None
+    """Setting of the skipping side."""
+
+
+class Settings(Strict):
+    """How it was run."""
+
+    engine: str
+    """As the engine calls itself."""
+    threads: int | None
+    tokens: int
+    """Of each answer, whatever they say."""
+    warm_up: int
+    question: str
+    pictures: tuple[str, ...]
+    """SHA-256 of each."""
+
+
+class Figure(Strict):
+    """One measure of one side. Seconds, but for energy, which is in joules."""
+
+    values: Annotated[tuple[float, ...], Field(min_length=1)]
+    """One of each round, in order."""
+    spread: Spread
+    flops: int | None = None
+    num_bytes: int | None = None
+    """That are moved at least: weights once, and the KV cache."""
+    roof_seconds: float | None = None
+    """None where nothing is counted, or no roof is known."""
+
+    @property
+    def roof_share(self) -> float | None:
+        """Of the roofline that was reached; 1 is all of it."""
+        return None if self.roof_seconds is None else self.roof_seconds / self.spread.p50
+
+
+class Stage(Strict):
+    """One measure of all sides."""
+
+    sides: dict[str, Figure]
+    ratio: Ratio | None = None
+    """Skipped over dense, paired by round; None where one of them is missing."""
+
+    @property
+    def num_rounds(self) -> int:
+        return min(len(figure.values) for figure in self.sides.values())
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the skipped side is below the dense one: in both halves of the rounds, and by the interval."""
+        if self.ratio is None:
+            return "open"
+        dense, skipped = self.sides[DENSE].values, self.sides[SKIPPED].values
+        return self.ratio.verdict(self.num_rounds) if halves_agree(skipped, dense) else "open"
+
+
+class Point(Strict):
+    """One place of a sweep."""
+
+    at: int
+    """Sequences decoded side by side, or rows of the prompt as the plain model counts them."""
+    rows: dict[str, int]
+    """In the KV cache of each sequence, by side."""
+    stages: dict[str, Stage]
+
+
+class Side(Strict):
+    """What one side holds."""
+
+    prompt_rows: int
+    """That attend in prefill."""
+    kv_rows: int
+    """After prefill."""
+    kv_bytes: int
+    """Of those rows."""
+    kv_bytes_end: int
+    """Behind the last token."""
+    kv_bytes_reserved: int
+    """Of the whole cache, as it is baked in."""
+    peak_bytes: int | None
+    """Resident memory of a process that opens this side alone and answers once; None where nothing told."""
+    gpu_bytes: int | None
+    """What the GPU's memory in use grew by meanwhile."""
+
+
+class Peer(Strict):
+    """Another run time, on the same text."""
+
+    name: str
+    version: str
+    weights: str
+    """Which weights it had: the same, or random ones of the same shape."""
+    rows: int
+    """Of the prompt, of text alone."""
+    stages: dict[str, Stage]
+    """Sides are `ours` and the peer's; the ratio is ours over theirs."""
+
+
+class Report(Strict):
+    """All of it."""
+
+    format: Literal[1] = FORMAT
+    date: str
+    machine: Machine
+    versions: dict[str, str]
+    model: Model
+    settings: Settings
+    roof: Roof | None
+    sides: dict[str, Side]
+    stages: dict[str, Stage]
+    batch: tuple[Point, ...] = ()
+    context: tuple[Point, ...] = ()
+    energy: dict[str, Stage] = Field(default_factory=dict)
+    """Joules of an answer, by what tells them; empty where nothing does."""
+    peers: tuple[Peer, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """What whoever reads the figures must know, such as that the machine was busy."""
+
+    @property
+    def num_rounds(self) -> int:
+        return min(stage.num_rounds for stage in self.stages.values())
+
+    def parts(self) -> Iterator[tuple[str, str, str, Stage]]:
+        """Every measure with the part of the report that it is in, its place there, and its name."""
+        for name, stage in self.stages.items():
+            yield "stages", "", name, stage
+        for part, points in (("batch", self.batch), ("context", self.context)):
+            for point in points:
+                for name, stage in point.stages.items():
+                    yield part, str(point.at), name, stage
+        for source, stage in self.energy.items():
+            yield "energy", source, "end_to_end", stage
+        for peer in self.peers:
+            for name, stage in peer.stages.items():
+                yield "peer", peer.name, name, stage
+
+
+def as_json(report: Report) -> str:
+    """Times are cut to what was really measured."""
+    return json.dumps(_rounded(report.model_dump(mode="json")), indent=1) + "\n"
+
+
+def as_csv(report: Report) -> str:
+    """One row for each side of each measure; what is not known is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for part, at, name, stage in report.parts():
+        interval = ("", "", "") if stage.ratio is None else (stage.ratio.ratio, stage.ratio.low, stage.ratio.high)
+        for side, figure in stage.sides.items():
+            work = figure.flops, figure.num_bytes, figure.roof_seconds, figure.roof_share
+            row = (part, at, name, side, len(figure.values), figure.spread.p50, figure.spread.p95, *interval, *work)
+            writer.writerow("" if value is None else _rounded(value) for value in row)
+    return text.getvalue()
+
+
+def read_report(path: Path) -> Report:
+    """Raises BenchError for what is no results file of `svcli bench`, or one of another version."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise BenchError(f"{path}: no JSON, so not what `svcli bench --json` writes") from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise BenchError(f"{path}: not what `svcli bench --json` of this version writes; measure again")
+    try:
+        return Report.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BenchError(f"{path}: at {where}: {first['msg']}; measure again") from None
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, BaseModel):
+        return _rounded(value.model_dump(mode="json"))
+    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
