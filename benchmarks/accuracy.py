@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.measuring import RESULTS, available_cores, surroundings, write_results
+from benchmarks.measuring import RESULTS, surroundings, write_results
 from skipvision.data import assets as data_assets
 from skipvision.data import easy_vqa
 from skipvision.data.questions import TASKS, Question, ask, is_right
 from skipvision.data.scenes import render
 from skipvision.data.split import Split
+from svcli.bench.cpu import available_cores
 from svcli_engines.base import Engine, Visual
 from svcli_engines.onnx_engine import OnnxEngine
 from svcli_engines.processor import Processor

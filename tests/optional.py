@@ -18,6 +18,7 @@ OPTIONAL = {
         " compiled decoding was not checked"
     ),
     "nvrtc": 'no NVRTC (pip install "nvidia-cuda-nvrtc>=13.0,<13.1"): no PTX was compiled',
+    "onnxruntime-genai": "no onnxruntime-genai (pip install onnxruntime-genai): it was not measured beside ours",
     "tensorrt": (
         "SVCLI_TENSORRT_WHEELS is not set to a folder with tensorrt-cu13-bindings and tensorrt-lean-cu13-libs"
         " (pip install --no-deps --target FOLDER): registration was checked against the recorded interface only"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from svcli.bench.report import DENSE, SKIPPED, Figure, Roof, Stage
+from svcli.bench.report import Figure, Roof, Stage
 from svcli.bench.statistics import paired_ratio, spread
 from svcli.bench.work import Work, roof_seconds
 
@@ -14,10 +14,12 @@ def compared(
     pieces: Mapping[str, tuple[Work, ...] | None] | None = None,
     roof: Roof | None = None,
 ) -> Stage:
-    """One measure of all sides, and their ratio where both are there. A counter that stood still gives none."""
+    """One measure of all sides, and of two their ratio. A counter that stood still gives none."""
     figures = {side: figure(values, (pieces or {}).get(side), roof) for side, values in seconds.items()}
-    dense, skipped = seconds.get(DENSE), seconds.get(SKIPPED)
-    ratio = paired_ratio(skipped, dense) if dense and skipped and min(*dense, *skipped) > 0 else None
+    ratio = None
+    if len(seconds) == 2:
+        first, second = seconds.values()
+        ratio = paired_ratio(second, first) if min(*first, *second) > 0 else None
     return Stage(sides=figures, ratio=ratio)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import distributions
-from pathlib import Path
 
 from skipvision import __version__
+from svcli.bench.cpu import available_cores, cpu_model
 from svcli.bench.report import Machine
 
 _COUNTED = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "torch")
@@ -22,18 +22,6 @@ def machine(gpu: str | None = None) -> Machine:
         gpu=gpu,
         load_before=round(os.getloadavg()[0], 2),
     )
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()  # on ARM, Linux names no model
 
 
 def versions(names: tuple[str, ...] = _COUNTED) -> dict[str, str]:

@@ -15,7 +15,8 @@ from svcli.bench.energy import Counter, counters
 from svcli.bench.figures import compared
 from svcli.bench.machine import machine, versions
 from svcli.bench.memory import peaks
-from svcli.bench.report import STAGES, Model, Report, Roof, Settings, Side
+from svcli.bench.peers import check_peers, measure_peers
+from svcli.bench.report import STAGES, Model, Peer, Report, Roof, Settings, Side
 from svcli.bench.roofs import cpu_roof, sheet_roof, torch_cuda_roof
 from svcli.bench.rounds import Rounds
 from svcli.bench.sweeps import Sweeps, check_context
@@ -46,6 +47,7 @@ class Plan:
     """At least 2."""
     batch: tuple[int, ...] = ()
     context: tuple[int, ...] = ()
+    peers: tuple[str, ...] = ()
 
 
 def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) -> Report:
@@ -54,6 +56,7 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
     Raises what opening and asking does; UsageError for a sweep that does not fit.
     """
     engine = plan.sides[-1].engine
+    check_peers(plan.peers, engine)
     on_gpu = engine in ON_GPU
     gpus = find_cuda().gpus if on_gpu else ()
     where = machine(gpus[0].name if gpus else None)
@@ -79,10 +82,14 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
         )
         stopped = _run_until_stopped(rounds, plan.rounds, partial(progress, "stages"))
         swept = Sweeps(open_sides, weights, roof, rounds=plan.rounds, warm_up=plan.warm_up, progress=progress)
+        peers: list[Peer] = []
         if not stopped:
             try:
                 swept.over_context(plan.context)
                 swept.over_batch(plan.sides, plan.batch)
+                first = plan.sides[0]
+                lengths = {"tokens": plan.tokens, "rounds": plan.rounds, "warm_up": plan.warm_up}
+                peers.extend(measure_peers(plan.peers, first, open_sides[first.name], **lengths, progress=progress))
             except KeyboardInterrupt:
                 stopped = True
         facts = {name: _facts(open_sides[name], plan.tokens, held[name]) for name in open_sides}
@@ -118,6 +125,7 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
             batch=tuple(swept.batch),
             context=tuple(swept.context),
             energy=energy,
+            peers=tuple(peers),
         )
     said = [f"stopped by Ctrl-C: {found.num_rounds} of {plan.rounds} rounds, and not all of the rest"] * stopped
     said += noise(found) + remarks(last.manifest.config)

@@ -54,6 +54,7 @@ def page(report: Report) -> str:
         _times(report),
         "<h2>Work, and the time that it takes at best</h2>",
         _work(report),
+        *_peers(report),
         "<h2>Memory and energy</h2>",
         _memory(report),
         "<h2>How it was measured</h2>",
@@ -175,6 +176,19 @@ def _work(report: Report) -> str:
         f" {roof.source}."
     )
     return _table(("", "FLOPs", "bytes moved", "roofline", "reached"), rows) + _soft(known)
+
+
+def _peers(report: Report) -> list[str]:
+    parts = []
+    for peer in report.peers:
+        rows = []
+        for name, stage in peer.stages.items():
+            cells = [_time(value) for each in stage.sides.values() for value in (each.spread.p50, each.spread.p95)]
+            rows.append((TITLES[name], *cells, _ratio(stage.ratio)))
+        sides = [f"{side} {mark}" for side in stage.sides for mark in ("p50", "p95")]
+        title = f"{peer.name} {peer.version} on {peer.rows} rows of text"
+        parts += [f"<h2>{escape(title)}</h2>", _soft(peer.weights), _table(("", *sides, "ours / theirs"), rows)]
+    return parts
 
 
 def _memory(report: Report) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from svcli.bench.statistics import Ratio, Spread, Strict, Verdict, halves_agree
+from svcli.bench.statistics import Ratio, Spread, Verdict, halves_agree, rounds_agree
 from svcli.errors import UsageError
 
 FORMAT: Literal[1] = 1
@@ -39,6 +39,12 @@ class BenchError(UsageError):
 
 class UnlikeError(UsageError):
     """Two results that were not measured alike."""
+
+
+class Strict(BaseModel):
+    """What results files are made of: an unknown or a missing key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Machine(Strict):
@@ -115,7 +121,7 @@ class Stage(Strict):
 
     sides: dict[str, Figure]
     ratio: Ratio | None = None
-    """Skipped over dense, paired by round; None where one of them is missing."""
+    """The second side over the first, such as skipped over dense, paired by round; None of one side."""
 
     @property
     def num_rounds(self) -> int:
@@ -123,11 +129,14 @@ class Stage(Strict):
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the skipped side is below the dense one: in both halves of the rounds, and by the interval."""
+        """Whether the second side is below the first: by the interval, in both halves, and in more rounds than chance
+        puts there."""
         if self.ratio is None:
             return "open"
-        dense, skipped = self.sides[DENSE].values, self.sides[SKIPPED].values
-        return self.ratio.verdict(self.num_rounds) if halves_agree(skipped, dense) else "open"
+        first, second = (figure.values for figure in self.sides.values())
+        if not (halves_agree(second, first) and rounds_agree(second, first)):
+            return "open"
+        return self.ratio.verdict(self.num_rounds)
 
 
 class Point(Strict):
@@ -160,16 +169,16 @@ class Side(Strict):
 
 
 class Peer(Strict):
-    """Another run time, on the same text."""
+    """Another run time on the decoder, without pictures."""
 
     name: str
     version: str
     weights: str
-    """Which weights it had: the same, or random ones of the same shape."""
+    """Which weights it had, and in what it computed."""
     rows: int
-    """Of the prompt, of text alone."""
+    """Of the prompt."""
     stages: dict[str, Stage]
-    """Sides are `ours` and the peer's; the ratio is ours over theirs."""
+    """Sides are the peer's and `ours`."""
 
 
 class Report(Strict):

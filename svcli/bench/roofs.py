@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from skipvision.roofline import GPUS
-from svcli.bench.machine import available_cores
+from svcli.bench.cpu import available_cores
 from svcli.bench.product import product_runner
 from svcli.bench.report import Roof
 

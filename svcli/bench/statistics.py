@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
 FEWEST = 10
 """Rounds below which no verdict is given: resampling so few of them makes intervals that are too narrow."""
 _RESAMPLES = 10_000
+_CHANCE = 0.05
 
 Verdict = Literal["lower", "higher", "open"]
 
 
-class Strict(BaseModel):
-    """What results files are made of: an unknown or a missing key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Spread(Strict):
+@dataclass(frozen=True)
+class Spread:
     """Of values that were measured again and again."""
 
     p50: float
     p95: float
 
 
-class Ratio(Strict):
+@dataclass(frozen=True)
+class Ratio:
     """A ratio of medians, and the middle 95 % of what resampled rounds give."""
 
     ratio: float
@@ -71,6 +69,16 @@ def halves_agree(numerators: Sequence[float], denominators: Sequence[float]) -> 
     earlier = np.median(numerators[:half]) / np.median(denominators[:half])
     later = np.median(numerators[-half:]) / np.median(denominators[-half:])
     return bool((earlier < 1 and later < 1) or (earlier > 1 and later > 1))
+
+
+def rounds_agree(numerators: Sequence[float], denominators: Sequence[float]) -> bool:
+    """The sign test: whether more rounds lie on one side of 1 than a fair coin would put there in 95 of 100 runs. A few
+    rounds that something else disturbed move a median far, and count here as one each."""
+    pairs = [(above, below) for above, below in zip(numerators, denominators, strict=True) if above != below]
+    count, lower = len(pairs), sum(above < below for above, below in pairs)
+    fewer = min(lower, count - lower)
+    by_chance: float = 2 * sum(comb(count, each) for each in range(fewer + 1)) / 2**count
+    return by_chance <= _CHANCE
 
 
 def drift(values: Sequence[float]) -> float:

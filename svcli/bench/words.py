@@ -26,7 +26,7 @@ def conclusions(report: Report) -> list[str]:
             said.append(f"{verb} {', '.join(found)} of the dense time.")
     if opened := [f"{name} ({_interval(stage)})" for name, stage in named.items() if stage.verdict == "open"]:
         said.append(f"No difference is shown by these rounds in {', '.join(opened)}.")
-    return [*said, _about_decoding(report)]
+    return [*said, *_about_peers(report), _about_decoding(report)]
 
 
 def noise(report: Report) -> list[str]:
@@ -50,6 +50,15 @@ def noise(report: Report) -> list[str]:
     if moved:
         found.append(f"times drifted between the earlier and the later half of the rounds: {', '.join(moved)}")
     return found
+
+
+def _about_peers(report: Report) -> list[str]:
+    words = {"lower": "faster", "higher": "slower", "open": "not shown to differ"}
+    said = []
+    for peer in report.peers:
+        found = [f"{TITLES[name]} {words[stage.verdict]}, {_interval(stage)}" for name, stage in peer.stages.items()]
+        said.append(f"Our decoder on text, against {peer.name}: {'; '.join(found)} of its time.")
+    return said
 
 
 def _about_decoding(report: Report) -> str:

@@ -60,6 +60,10 @@ def run(
     context: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Also prompts of so many rows, as the plain model counts.")
     ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option("--peer", metavar="NAME", help="Also the decoder in transformers or onnxruntime-genai."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Every round, for programs and `svcli bench compare`.")
     ] = None,
@@ -91,6 +95,7 @@ def run(
         tokens=tokens,
         batch=_counts("--batch", batch, _MOST),
         context=_counts("--context", context),
+        peers=tuple(peers or ()),
     )
     try:
         with ui.Progress(is_quiet=quiet) as progress:
@@ -167,6 +172,7 @@ def render(report: Report) -> None:
         ]
         if rows:
             ui.table(title, header, rows)
+    _render_peers(report)
     _render_memory(report, names)
     for sentence in conclusions(report):
         ui.show(sentence)
@@ -196,6 +202,18 @@ def _render_work(report: Report, names: list[str]) -> None:
             f" ({roof.source})."
         )
     ui.show("")
+
+
+def _render_peers(report: Report) -> None:
+    from svcli.bench.report import TITLES
+
+    for peer in report.peers:
+        names = list(next(iter(peer.stages.values())).sides)
+        ui.table(
+            f"{peer.name} {peer.version} on {peer.rows} rows of text: {peer.weights}",
+            ("", *(f"{side} {mark}" for side in names for mark in ("p50", "p95")), "ours / theirs"),
+            [(TITLES[name], *_times(stage, names), *_ratio(stage, names)) for name, stage in peer.stages.items()],
+        )
 
 
 def _render_memory(report: Report, names: list[str]) -> None:

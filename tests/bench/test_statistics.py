@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svcli.bench.statistics import FEWEST, Ratio, drift, halves_agree, paired_ratio, spread, unpaired_ratio
+from svcli.bench.statistics import (
+    FEWEST,
+    Ratio,
+    drift,
+    halves_agree,
+    paired_ratio,
+    rounds_agree,
+    spread,
+    unpaired_ratio,
+)
 
 TIMES = st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=40)
 
@@ -94,6 +103,15 @@ def test_halves_that_disagree_are_seen() -> None:
     assert not halves_agree([1, 1, 3, 3], [2, 2, 2, 2])
     assert not halves_agree([2, 2, 2, 2], [2, 2, 2, 2])
     assert not halves_agree([1], [2])
+
+
+def test_the_sign_test_is_that_of_the_binomial() -> None:
+    """Of 10 rounds 9 are needed: 2 * (1 + 10) / 1024 = 0.021, but 2 * (1 + 10 + 45) / 1024 = 0.109."""
+    for lower, agree in ((10, True), (9, True), (8, False), (5, False), (1, True)):
+        first = [1.0] * lower + [3.0] * (10 - lower)
+        assert rounds_agree(first, [2.0] * 10) == agree
+    assert not rounds_agree([2.0] * 10, [2.0] * 10)
+    assert not rounds_agree([1.0] * 5, [2.0] * 5)
 
 
 def test_drift_is_between_the_halves() -> None:

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from svcli.app import app
 from svcli.bench import measure as measuring
 from svcli.bench.contestants import Asked, Graphs, full_rows, read_pictures, sides
-from svcli.bench.report import STAGES, Report, read_report
+from svcli.bench.memory import peaks
+from svcli.bench.report import STAGES, Report, as_json, read_report
 from svcli.engines import EngineName
 from svcli.settings import bundled_model
 from svcli_export.bundle import export_bundle
 
-PEAKS = measuring.peaks
 QUICK = ["--rounds", "2", "--warm-up", "1", "--tokens", "4", "-q"]
 ONNX = EngineName.ONNXRUNTIME
 
@@ -46,7 +46,7 @@ def asked(picture: Path) -> Asked:
 def test_both_sides_are_measured_and_every_file_is_written(
     bundle: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "peaks", PEAKS)
+    monkeypatch.setattr(measuring, "peaks", peaks)
     files = [tmp_path / name for name in ("a.json", "a.csv", "a.html")]
     options = ["--json", files[0], "--csv", files[1], "--html", files[2], "--batch", "1,3", "--context", "40"]
     shown = invoke(bundle, picture, *QUICK, *options)
@@ -247,7 +247,6 @@ def test_two_runs_are_held_against_each_other(
 
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[[str, Report], Path]:
-    from svcli.bench.report import as_json
 
     def write(name: str, report: Report) -> Path:
         (tmp_path / name).write_text(as_json(report))
