@@ -66,7 +66,10 @@ def main(
                 ("svcli inspect", "what the bundled model is made of"),
                 (
                     "svcli --help",
-                    "all: ask, serve, cost, profile, verify, bench, doctor, export, build-engine, train, new, data",
+                    (
+                        "the rest: ask, serve, cost, profile, verify, bench, doctor, export, build-engine, train, new,"
+                        " data"
+                    ),
                 ),
             ],
         )

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from skipvision.layout import TokenLayout
-from skipvision.pictures import decode_picture
+from skipvision.pictures import ImageError, decode_picture
 from skipvision.tiles import Cut
 from svcli.bench.report import DENSE, SKIPPED
 from svcli.engines import EngineName, open_engine
@@ -33,6 +33,8 @@ class Asked:
     question: str
     pictures: tuple[bytes, ...]
     """As they lie on the disk."""
+    names: tuple[str, ...]
+    """What messages call them."""
 
     @property
     def hashes(self) -> tuple[str, ...]:
@@ -136,8 +138,8 @@ class Contestant:
         self.engine.close()
 
     def _decode(self, number: int) -> Image.Image:
-        name = f"picture {number + 1}"
-        return decode_picture(name, self.asked.pictures[number], self.manifest.image.transparency).image
+        name, data = self.asked.names[number], self.asked.pictures[number]
+        return decode_picture(name, data, self.manifest.image.transparency).image
 
     def _prompt(self, cuts: Sequence[Cut]) -> Prompt:
         messages = [Message("user", self.asked.question, images=len(self.asked.pictures))]
@@ -177,6 +179,11 @@ def sides(
         remedy = f"name one that skips by --variant: {offered}" if offered else "measure it by itself with --alone"
         raise UsageError(f"these graphs skip nothing, so there is nothing to compare; {remedy}")
     if dense is None:
+        if engine in (EngineName.TENSORRT, EngineName.TENSORRT_RTX):
+            raise UsageError(
+                "TensorRT's plans are of a bundle's own graphs: name a bundle that `svcli export --skip off` wrote by"
+                " --dense, or measure this one with --alone"
+            )
         plain = "" if manifest.config.skip is None else manifest.variant(DENSE).contract.variant
         return Graphs(DENSE, bundle, plain, engine, threads), own
     theirs = load_manifest(dense, quick=True)
@@ -194,9 +201,14 @@ def _check_twin(bundle: Path, ours: Manifest, theirs: Manifest) -> None:
         raise UsageError(f"--dense {bundle}: not the same model in the same precision")
 
 
-def read_pictures(paths: Sequence[Path]) -> tuple[bytes, ...]:
-    """Raises OSError."""
-    return tuple(path.read_bytes() for path in paths) if paths else (drawn_picture(),)
+def ask(question: str, paths: Sequence[Path]) -> Asked:
+    """About the pictures of these files, or one that is drawn. Raises ImageError."""
+    if not paths:
+        return Asked(question, (drawn_picture(),), ("a drawn picture",))
+    try:
+        return Asked(question, tuple(path.read_bytes() for path in paths), tuple(map(str, paths)))
+    except OSError as error:
+        raise ImageError(f"{error.filename}: {error.strerror}") from None
 
 
 def drawn_picture() -> bytes:

@@ -79,7 +79,7 @@ def run(
     energy where the machine tells it. Ratios are skipped over dense, with what 95 % of resampled rounds give. `svcli
     bench compare A.json B.json` holds two runs against each other. Ctrl-C ends it with the rounds that are done.
     """
-    from svcli.bench.contestants import Asked, read_pictures, sides
+    from svcli.bench.contestants import ask, sides
     from svcli.bench.files import check_targets, write_text
     from svcli.bench.measure import Plan, measure
     from svcli.bench.page import page
@@ -89,7 +89,7 @@ def run(
     check_targets([path for path in written.values() if path is not None])
     plan = Plan(
         sides=sides(bundle or bundled_model(), engine, variant=variant, dense=dense, alone=alone, threads=threads),
-        asked=Asked(question, read_pictures(pictures or ())),
+        asked=ask(question, pictures or ()),
         rounds=rounds,
         warm_up=warm_up,
         tokens=tokens,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from svcli.app import app
 from svcli.bench import measure as measuring
-from svcli.bench.contestants import Asked, Graphs, full_rows, read_pictures, sides
+from svcli.bench.contestants import Asked, Graphs, ask, full_rows, sides
 from svcli.bench.memory import peaks
 from svcli.bench.report import STAGES, Report, as_json, read_report
 from svcli.engines import EngineName
@@ -40,7 +40,7 @@ def invoke(*arguments: object) -> Any:
 
 
 def asked(picture: Path) -> Asked:
-    return Asked("What is this?", read_pictures([picture]))
+    return ask("What is this?", [picture])
 
 
 def test_both_sides_are_measured_and_every_file_is_written(
@@ -178,6 +178,9 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         (["--alone", "--dense", "x"], "name one of them"),
         (["--variant", "7/7"], "no variant '7/7'"),
         (["--json", "missing/a.json"], "no such folder"),
+        (["--engine", "tensorrt"], "name a bundle that `svcli export --skip off` wrote by --dense"),
+        (["missing.png"], "missing.png: No such file"),
+        (["--peer", "nobody"], "--peer nobody: choose among"),
         (["--engine", "torch", "--batch", "2"], "--batch 2: torch runs one sequence"),
     ],
 )
