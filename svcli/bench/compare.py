@@ -65,7 +65,7 @@ def compare_reports(before: Report, after: Report, across: tuple[str, ...] = ())
 def _identity(report: Report) -> dict[str, Mapping[str, Any]]:
     """What must be the same for figures to be held against each other, by kind."""
     machine, model = report.machine.model_dump(), report.model.model_dump()
-    del machine["load_before"], model["name"]
+    del machine["load_before"], machine["others"], model["name"]
     settings = report.settings.model_dump()
     del settings["warm_up"]
     return {"machine": machine, "versions": report.versions, "model": model, "settings": settings}
@@ -84,6 +84,7 @@ def _short(value: Any) -> str:
 
 
 def _lines(before: Report, after: Report) -> Iterator[Line]:
+    is_crowded = before.machine.is_crowded or after.machine.is_crowded
     later = {(part, at, name): stage for part, at, name, stage in after.parts() if part != "energy"}
     for part, at, name, stage in before.parts():
         other = later.get((part, at, name))
@@ -92,14 +93,16 @@ def _lines(before: Report, after: Report) -> Iterator[Line]:
         place = {"stages": "", "batch": f"batch {at}, ", "context": f"{at} rows, ", "peer": f"{at}, "}[part]
         for side in stage.sides:
             if side in other.sides:
-                yield _line(f"{place}{TITLES[name]}, {side}", stage, other, side)
+                yield _line(f"{place}{TITLES[name]}, {side}", stage, other, side, is_crowded)
 
 
-def _line(title: str, before: Stage, after: Stage, side: str) -> Line:
+def _line(title: str, before: Stage, after: Stage, side: str, is_crowded: bool) -> Line:
     first, second = before.sides[side], after.sides[side]
     ratio = unpaired_ratio(second.values, first.values)
     medians = first.spread.p50, second.spread.p50
     num_rounds = min(len(first.values), len(second.values))
+    if is_crowded:
+        return Line(title, medians, ratio, "open: the machine was busy with others")
     if num_rounds < FEWEST:
         return Line(title, medians, ratio, f"open: fewer than {FEWEST} rounds")
     verdict = ratio.verdict(num_rounds)

@@ -15,6 +15,7 @@ from svcli.bench.energy import Counter, counters
 from svcli.bench.figures import compared
 from svcli.bench.machine import machine, versions
 from svcli.bench.memory import peaks
+from svcli.bench.others import Others
 from svcli.bench.peers import check_peers, measure_peers
 from svcli.bench.report import STAGES, Model, Peer, Report, Roof, Settings, Side
 from svcli.bench.roofs import cpu_roof, sheet_roof, torch_cuda_roof
@@ -80,7 +81,9 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
             {name: partial(_metered, side, plan.tokens, meters) for name, side in open_sides.items()},
             warm_up=plan.warm_up,
         )
+        others = Others()
         stopped = _run_until_stopped(rounds, plan.rounds, partial(progress, "stages"))
+        where = where.model_copy(update={"others": others.cores()})
         swept = Sweeps(open_sides, weights, roof, rounds=plan.rounds, warm_up=plan.warm_up, progress=progress)
         peers: list[Peer] = []
         if not stopped:

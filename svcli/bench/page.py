@@ -23,7 +23,9 @@ h3 { font-size: 1rem; margin: 0 0 .5em; } p { margin: .4em 0; } .soft { color: v
 .cards { display: grid; margin-top: 1.2em; gap: 16px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 .card { background: var(--card); border-radius: 8px; padding: 14px; } svg { width: 100%; height: auto; display: block; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2em 1em; font-size: .9rem; } dd { margin: 0; }
+dt { color: var(--soft); } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px 4px 0; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: var(--soft); }
 text { font: 11px system-ui, sans-serif; fill: var(--ink); }
@@ -58,12 +60,11 @@ def page(report: Report) -> str:
         "<h2>Memory and energy</h2>",
         _memory(report),
         "<h2>How it was measured</h2>",
-        _table(
-            ("", ""),
+        _facts(
             [
                 (
                     "model",
-                    f"{report.model.name}, weights {report.model.weights[:12]}, skip {report.model.skip or 'off'}",
+                    f"{report.model.name}, weights {report.model.weights[:12]}, skip {_setting(report)}",
                 ),
                 ("machine", f"{machine.gpu or machine.cpu}, {machine.cores} cores, load before {machine.load_before}"),
                 ("versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
@@ -104,7 +105,8 @@ def _cards(report: Report) -> list[str]:
         for side in report.sides
     }
     cards = [_card("Where the time of an answer goes", stacks("Time of an answer by stage", answer))]
-    rows = [_interval(TITLES[name], report.stages[name]) for name in STAGES]
+    is_crowded = report.machine.is_crowded
+    rows = [_interval(TITLES[name], report.stages[name], is_crowded) for name in STAGES]
     if known := [row for row in rows if row is not None]:
         cards.append(_card("Skipped over dense, with 95 % intervals", intervals("Ratios", known, "no difference")))
     reached = [
@@ -132,9 +134,9 @@ def _sweep(title: str, points: Sequence[Point], name: str, across: str) -> list[
     return [_card(title, lines(title, series, across, "ms"))]
 
 
-def _interval(label: str, stage: Stage) -> Interval | None:
-    found = stage.ratio
-    return None if found is None else Interval(label, found.ratio, found.low, found.high, stage.verdict)
+def _interval(label: str, stage: Stage, is_crowded: bool) -> Interval | None:
+    found, style = stage.ratio, "open" if is_crowded else stage.verdict
+    return None if found is None else Interval(label, found.ratio, found.low, found.high, style)
 
 
 def _card(title: str, drawing: str) -> str:
@@ -217,6 +219,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _soft(said: str) -> str:
     return f'<p class="soft">{escape(said)}</p>'
+
+
+def _facts(rows: Sequence[tuple[str, str]]) -> str:
+    inside = "".join(f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in rows)
+    return f"<dl>{inside}</dl>"
+
+
+def _setting(report: Report) -> str:
+    skip = report.model.skip
+    return "off" if skip is None else f"{skip.get('num_retained')}/{skip.get('num_skipped')}"
 
 
 def _ratio(ratio: Ratio | None) -> str:

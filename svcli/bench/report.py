@@ -26,6 +26,8 @@ TITLES = {
     "end_to_end": "end to end",
 }
 """Of the stages, where people read."""
+_CROWDED = 0.25
+"""Of the cores."""
 COLUMNS = (
     "part", "at", "stage", "side", "rounds", "p50", "p95", "ratio", "low", "high", "flops", "bytes", "roof_seconds",
     "roof_share",
@@ -58,6 +60,14 @@ class Machine(Strict):
     """Of the engine that was measured; None where that was the CPU."""
     load_before: float
     """Load average over the minute before."""
+    others: float | None = None
+    """Cores' worth of time that others took while the stages were measured; None where nothing told."""
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether others took so much that nothing should be concluded: what a thread shares its core with lasts for
+        many rounds, and meets one side alone."""
+        return self.others is not None and self.others > _CROWDED * self.cores
 
 
 class Roof(Strict):

@@ -77,7 +77,7 @@ def intervals(title: str, rows: Sequence[Interval], at_one: str) -> str:
 def bars(title: str, rows: Sequence[tuple[str, float, str]], said: Sequence[str]) -> str:
     """One bar a row: label, value, and CSS class; each has a word of `said` behind it."""
     longest = max(*(value for _, value, _ in rows), 1e-12)
-    drawn, left, room = [], 152, WIDTH - 152 - 44
+    drawn, left, room = [], 160, WIDTH - 160 - 44
     for number, ((label, value, style), word) in enumerate(zip(rows, said, strict=True)):
         y = _TOP - 8 + 22 * number
         wide = room * value / longest

@@ -7,7 +7,7 @@ from svcli.bench.statistics import FEWEST, drift
 
 _BUSY = 0.5
 """Load on each core from which on the machine was doing something else."""
-_WIDE, _DRIFT = 1.3, 0.1
+_WIDE, _DRIFT, _SHARED = 1.3, 0.1, 0.1
 _PARTS = ("picture", "vision", "prefill", "decode")
 """Stages that are no sums of others, in which noise shows."""
 
@@ -16,6 +16,9 @@ def conclusions(report: Report) -> list[str]:
     """What skipping did and did not speed up, a sentence each; empty where one side alone was measured."""
     if not {DENSE, SKIPPED} <= report.sides.keys():
         return []
+    if report.machine.is_crowded:
+        taken = f"{report.machine.others} of {report.machine.cores} cores"
+        return [f"Others took {taken} meanwhile: nothing is concluded; measure again when the machine is quiet."]
     if report.num_rounds < FEWEST:
         return [f"{report.num_rounds} rounds are too few to say what skipping sped up; {FEWEST} at least are needed."]
     named = {TITLES[name]: stage for name, stage in report.stages.items()}
@@ -38,6 +41,8 @@ def noise(report: Report) -> list[str]:
             f"the machine was busy before: load average {machine.load_before:.1f} on {machine.cores} cores; times of"
             " another run may differ by more than the intervals say"
         )
+    if machine.others is not None and machine.others > _SHARED * machine.cores:
+        found.append(f"others took {machine.others} of {machine.cores} cores while the stages were measured")
     wide, moved = [], []
     for name in _PARTS:
         for side, figure in report.stages[name].sides.items():

@@ -20,6 +20,7 @@ def report(
     name: str = "model",
     threads: int | None = None,
     load: float = 0.1,
+    others: float | None = None,
 ) -> Report:
     """The skipped side takes `factors` of the dense time, stage by stage, 1 where nothing is said."""
     work = {"dense": (Work(10**9, 2 * 10**7),), "skipped": (Work(10**9, 10**7),)}
@@ -43,7 +44,7 @@ def report(
     )
     return Report(
         date="2026-01-01",
-        machine=Machine(cpu="a CPU", cores=2, memory_bytes=1 << 30, gpu=None, load_before=load),
+        machine=Machine(cpu="a CPU", cores=2, memory_bytes=1 << 30, gpu=None, load_before=load, others=others),
         versions={"svcli": "1", "numpy": "2"},
         model=Model(name=name, weights="f" * 64, precision="fp32", skip={"num_retained": 4}),
         settings=Settings(

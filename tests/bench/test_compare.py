@@ -36,6 +36,12 @@ def test_a_change_that_is_smaller_than_the_drift_inside_of_a_run_is_open() -> No
     assert found.lines[0].verdict == "open: times drifted by 30% inside of a run"
 
 
+def test_runs_that_others_disturbed_give_no_verdict() -> None:
+    for one, other in ((0.6, None), (None, 0.6)):
+        found = compare_reports(report(others=one), report(scale=2, others=other))
+        assert {line.verdict for line in found.lines} == {"open: the machine was busy with others"}
+
+
 def test_few_rounds_give_no_verdict() -> None:
     found = compare_reports(report(), report(scale=2, values=STEADY[:5]))
     assert {line.verdict for line in found.lines} == {"open: fewer than 10 rounds"}

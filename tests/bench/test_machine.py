@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from skipvision.layout import ImageSpan, TokenLayout
 from svcli.bench.energy import Counter, Nvml, NvmlError, counters, rapl
 from svcli.bench.machine import machine, versions
 from svcli.bench.memory import resident_peak
+from svcli.bench.others import Others, busy_seconds
 from svcli.bench.product import product
 from svcli.bench.report import Roof
 from svcli.bench.roofs import cpu_roof, sheet_roof
@@ -95,6 +97,31 @@ def test_peak_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
     own = resident_peak()
     assert own is not None
     assert own > 10 << 20
+
+
+def test_what_others_take_is_what_the_kernel_counts_without_our_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat, tick = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+
+    def count(user: float, idle: float) -> None:
+        cores = [f"cpu{number} {user * tick:.0f} 0 0 {idle * tick:.0f} 5 0 0 0 99 99" for number in (0, 1, 64)]
+        stat.write_text("\n".join(["cpu  1 2 3", *cores, "intr 1"]))
+
+    clocks = {"process_time": 5.0, "perf_counter": 0.0}
+    for name in clocks:
+        monkeypatch.setattr(f"svcli.bench.others.{name}", lambda name=name: clocks[name])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: {0, 1})
+    count(10, 10)
+    others = Others(stat)
+    # In 10 seconds both cores worked for 8 of them, of which 12 seconds are our own.
+    count(18, 12)
+    clocks.update(process_time=17.0, perf_counter=10.0)
+    assert others.cores() == pytest.approx(0.4)
+    clocks["perf_counter"] = 0.5
+    assert others.cores() is None
+    assert busy_seconds(tmp_path / "missing", {0}) is None
+    assert busy_seconds(stat, {7}) is None
 
 
 def test_the_machine_and_its_versions_are_named() -> None:

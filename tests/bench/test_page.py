@@ -77,6 +77,12 @@ def test_every_plot_is_well_formed_and_says_what_it_is() -> None:
     ]
 
 
+def test_a_crowded_run_colours_no_interval() -> None:
+    quiet, crowded = page(report({"prefill": 0.5})), page(report({"prefill": 0.5}, others=0.6))
+    assert '<circle class="lower"' in quiet
+    assert '<circle class="lower"' not in crowded
+
+
 def test_one_side_alone_is_drawn_too() -> None:
     both = report()
     stages = {

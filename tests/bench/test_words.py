@@ -24,6 +24,16 @@ def test_nothing_is_claimed_of_few_rounds() -> None:
     ]
 
 
+def test_nothing_is_claimed_where_others_took_the_cores() -> None:
+    crowded = report({"prefill": 0.5}, others=0.6)
+    assert conclusions(crowded) == [
+        "Others took 0.6 of 2 cores meanwhile: nothing is concluded; measure again when the machine is quiet."
+    ]
+    assert len(conclusions(report({"prefill": 0.5}, others=0.5))) == 3
+    assert noise(report(others=0.3)) == ["others took 0.3 of 2 cores while the stages were measured"]
+    assert noise(report(others=0.1)) == []
+
+
 def test_nothing_is_claimed_of_one_side() -> None:
     both = report()
     assert conclusions(both.model_copy(update={"sides": {"skipped": both.sides["skipped"]}})) == []
