@@ -20,7 +20,8 @@ from svcli.bench.peers import check_peers, measure_peers
 from svcli.bench.report import STAGES, Model, Peer, Report, Roof, Settings, Side
 from svcli.bench.roofs import cpu_roof, sheet_roof, torch_cuda_roof
 from svcli.bench.rounds import Rounds
-from svcli.bench.sweeps import Sweeps, check_context
+from svcli.bench.sweeps import Sweeps, check_batch, check_context
+from svcli.bench.text_engines import WorkerError
 from svcli.bench.words import noise
 from svcli.bench.work import Weights, Work, stage_work, stored_weights
 from svcli.engines import EngineName
@@ -58,6 +59,7 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
     """
     engine = plan.sides[-1].engine
     check_peers(plan.peers, engine)
+    check_batch(plan.sides[-1], plan.batch)
     on_gpu = engine in ON_GPU
     gpus = find_cuda().gpus if on_gpu else ()
     where = machine(gpus[0].name if gpus else None)
@@ -85,7 +87,7 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
         stopped = _run_until_stopped(rounds, plan.rounds, partial(progress, "stages"))
         where = where.model_copy(update={"others": others.cores()})
         swept = Sweeps(open_sides, weights, roof, rounds=plan.rounds, warm_up=plan.warm_up, progress=progress)
-        peers: list[Peer] = []
+        peers, failed = list[Peer](), list[str]()
         if not stopped:
             try:
                 swept.over_context(plan.context)
@@ -95,6 +97,8 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
                 peers.extend(measure_peers(plan.peers, first, open_sides[first.name], **lengths, progress=progress))
             except KeyboardInterrupt:
                 stopped = True
+            except WorkerError as error:
+                failed.append(f"a peer could not be measured: {error}")
         facts = {name: _facts(open_sides[name], plan.tokens, held[name]) for name in open_sides}
         stages = {
             name: compared(
@@ -131,7 +135,7 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
             peers=tuple(peers),
         )
     said = [f"stopped by Ctrl-C: {found.num_rounds} of {plan.rounds} rounds, and not all of the rest"] * stopped
-    said += noise(found) + remarks(last.manifest.config)
+    said += failed + noise(found) + remarks(last.manifest.config)
     return found.model_copy(update={"remarks": tuple(said)})
 
 

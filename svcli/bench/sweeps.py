@@ -12,7 +12,7 @@ from svcli.bench.figures import compared
 from svcli.bench.report import Point, Roof
 from svcli.bench.rounds import Rounds
 from svcli.bench.work import Weights, Work, decode_work, prompt_work
-from svcli.engines import open_pool
+from svcli.engines import EngineName, open_pool
 from svcli.errors import UsageError
 from svcli_engines.base import Pool
 from svcli_engines.processor import Prompt
@@ -33,6 +33,12 @@ def check_context(sides: Mapping[str, Contestant], context: Sequence[int]) -> No
                 raise UsageError(
                     f"--context {num_rows}: the KV cache of the {side.name} graphs has room for {num_rows + spare}"
                 )
+
+
+def check_batch(graphs: Graphs, batch: Sequence[int]) -> None:
+    """Raises UsageError, before anything is measured, for an engine that runs one sequence."""
+    if max(batch, default=1) > 1 and graphs.engine not in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA):
+        _pool(graphs, max(batch)).close()
 
 
 class Sweeps:
@@ -100,10 +106,7 @@ class Sweeps:
         prompt = side.prompt
         if prompt.layout.num_kept + TOKENS > side.engine.capacity:
             raise UsageError(f"--batch: the {graphs.name} KV cache has no room for {TOKENS} steps behind the prompt")
-        try:
-            pool = open_pool(graphs.engine, graphs.bundle, side.manifest, threads=graphs.threads, parallel=count)
-        except UsageError:
-            raise UsageError(f"--batch {count}: {graphs.engine.value} runs one sequence at a time") from None
+        pool = _pool(graphs, count)
         for slot in pool.slots:
             slot.prefill(prompt.ids, side.visual, prompt.layout)
         return pool
@@ -128,6 +131,13 @@ class Sweeps:
         return decode_work(
             side.manifest.config, cached, self._weights[name], side.engine.kv_bytes_per_row, num_sequences=count
         )
+
+
+def _pool(graphs: Graphs, count: int) -> Pool:
+    try:
+        return open_pool(graphs.engine, graphs.bundle, graphs.manifest(), threads=graphs.threads, parallel=count)
+    except UsageError:
+        raise UsageError(f"--batch {count}: {graphs.engine.value} runs one sequence at a time") from None
 
 
 def _prefilled(side: Contestant, prompt: Prompt, clock: Callable[[], float] = perf_counter) -> dict[str, float]:

@@ -260,6 +260,23 @@ def written(tmp_path: Path) -> Callable[[str, Report], Path]:
     return write
 
 
+def test_a_peer_that_fails_costs_no_finished_figure(
+    bundle: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svcli.bench.text_engines import WorkerError
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise WorkerError("transformers ended: out of luck")
+
+    monkeypatch.setattr(measuring, "measure_peers", fail)
+    monkeypatch.setattr(measuring, "check_peers", lambda *_: None)
+    path = tmp_path / "a.json"
+    shown = invoke(bundle, picture, *QUICK, "--peer", "transformers", "--json", path)
+    assert shown.exit_code == 0, shown.output
+    assert read_report(path).remarks[0] == "a peer could not be measured: transformers ended: out of luck"
+    assert read_report(path).peers == ()
+
+
 def test_a_narrow_window_gets_lists_and_not_broken_tables(
     bundle: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
