@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import RESULTS, available_cores, surroundings, write_results
+from benchmarks.measuring import RESULTS, surroundings, write_results
 from skipvision.data import assets as data_assets
 from skipvision.data.questions import TASKS as KINDS
+from svcli.bench.cpu import available_cores
 from svcli.engines import EngineName
 from svcli.evaluation.askers import own_name
 from svcli.evaluation.collect import results_path

@@ -6,18 +6,19 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from skipvision import __version__
+from svcli.bench.cpu import available_cores, cpu_model
+from svcli.bench.statistics import paired_ratio
 
 RESULTS = Path(__file__).parent / "results"
-_RESAMPLES = 10_000
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -31,15 +32,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[st
 
     Round i of both was measured side by side, so that rounds are drawn in pairs.
     """
-    rounds = np.random.default_rng(0).integers(len(numerators), size=(_RESAMPLES, len(numerators)))
-    drawn = _medians(numerators, rounds) / _medians(denominators, rounds)
-    low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
-    return {"ratio": float(np.median(numerators) / np.median(denominators)), "low": low, "high": high}
-
-
-def _medians(values: Sequence[float], rounds: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    medians: npt.NDArray[np.float64] = np.median(np.asarray(values, np.float64)[rounds], axis=1)
-    return medians
+    return asdict(paired_ratio(numerators, denominators))
 
 
 def compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -49,17 +42,12 @@ def compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     }
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def surroundings(threads: int) -> dict[str, Any]:
     """Machine, date and versions. Call it before measuring: it notes how busy the machine was."""
     return {
         "date": str(date.today()),
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "available_cores": available_cores(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -68,13 +56,6 @@ def surroundings(threads: int) -> dict[str, Any]:
         "threads": threads,
         "versions": {"svcli": __version__, "python": platform.python_version()} | _versions(),
     }
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()  # on ARM, Linux names no model
 
 
 def _versions() -> dict[str, str]:

@@ -33,8 +33,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.measuring import RESULTS, available_cores, surroundings, write_results
+from benchmarks.measuring import RESULTS, surroundings, write_results
 from skipvision.checkpoint import load_checkpoint
+from svcli.bench.cpu import available_cores
 from svcli_export.bundle import export_bundle
 from svcli_export.manifest import Manifest
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,7 +26,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.gguf_model import read_gguf, write_gguf, write_transformers
 from benchmarks.measuring import RESULTS, ratio, spread, surroundings, write_results
-from benchmarks.text_engines import CONTEXT, Worker, versions
+from svcli.bench.text_engines import Worker, versions
+from svcli.bench.text_models import build_genai
 
 RESULT = RESULTS / "smollm2.json"
 PROMPTS = (
@@ -62,7 +61,8 @@ _PROMPT, _NEW, _LONG_PROMPT = 32, 128, 512
 _WARM_UP = 1
 _PAUSE = 0.3
 """Seconds between two answers, in which threads that still spin go to sleep."""
-_GENAI = {"fp32": [], "int8": [], "int4": ["algo_config=rtn", "matmul_mixed_precision=last_matmul:int8"]}
+_CONTEXT = 1024
+"""Rows that every engine has room for."""
 _GGUF = {"fp32": ("F32", "F32"), "int8": ("Q8_0", "Q8_0"), "int4": ("Q4_0", "Q8_0")}
 """How matrices are stored, and the embedding, which is the head."""
 _RIVALS = {
@@ -102,26 +102,12 @@ def build(source: Path, work: Path, threads: int) -> dict[tuple[str, str], Path]
             # are compared here instead.
             with patch("svcli_export.bundle.violations", return_value=[]):
                 export_bundle(
-                    work / "checkpoint", where, precision=precision, max_context=CONTEXT, max_images=1, overwrite=True
+                    work / "checkpoint", where, precision=precision, max_context=_CONTEXT, max_images=1, overwrite=True
                 )
     for precision, rounding in _GGUF.items():
         write_gguf(source, read, found["llama_cpp", precision], *rounding)
-        _build_genai(theirs, found["genai", precision], precision, threads)
+        build_genai(theirs, found["genai", precision], precision, threads)
     return found
-
-
-def _build_genai(model: Path, output: Path, precision: str, threads: int) -> None:
-    """By its own model builder. No text ends before its length: the id that would end it is one that nobody says."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(output)]
-    command += ["-p", precision, "-e", "cpu", "-c", str(output.parent / "genai-cache")]
-    if precision != "fp32":
-        command += ["--extra_options", "accuracy_level=4", "block_size=32", *_GENAI[precision]]
-    subprocess.run(command, check=True)
-    path = output / "genai_config.json"
-    said = json.loads(path.read_text(encoding="utf-8"))
-    said["model"]["eos_token_id"] = [said["model"]["vocab_size"] - 1]
-    said["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
-    path.write_text(json.dumps(said, indent=1), encoding="utf-8")
 
 
 def compare_texts(models: Mapping[tuple[str, str], Path], threads: int) -> dict[str, Any]:
@@ -130,7 +116,7 @@ def compare_texts(models: Mapping[tuple[str, str], Path], threads: int) -> dict[
     prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
     said: dict[tuple[str, str], list[Any]] = {}
     for key, model in models.items():
-        with Worker(key[0], model, threads) as worker:
+        with Worker(key[0], model, threads, _CONTEXT) as worker:
             said[key] = [worker.ask(ids, _TEXT_TOKENS) for ids in prompts]
     wanted = said["transformers", "fp32"]
     return {
@@ -166,7 +152,7 @@ def measure(models: Mapping[tuple[str, str], Path], threads: int, rounds: int) -
     decode: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
     prefill: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
     with ExitStack() as stack:
-        workers = {key: stack.enter_context(Worker(key[0], models[key], threads)) for key in keys}
+        workers = {key: stack.enter_context(Worker(key[0], models[key], threads, _CONTEXT)) for key in keys}
         for number in range(_WARM_UP + rounds):
             for key in keys[:: 1 if number % 2 else -1]:
                 answer = workers[key].ask(text[:_PROMPT], _NEW)

@@ -22,10 +22,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import RESULTS, available_cores, compared, surroundings, write_results
+from benchmarks.measuring import RESULTS, compared, surroundings, write_results
 from benchmarks.processes import measure_chat, measure_help
 from skipvision.checkpoint import load_checkpoint, save_checkpoint
 from skipvision.cost import Cost, prompt_cost
+from svcli.bench.cpu import available_cores
 from svcli_engines.base import Engine, Pixels
 from svcli_engines.images import open_image
 from svcli_engines.onnx_engine import OnnxEngine

@@ -30,13 +30,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_speed import TEXT
-from benchmarks.measuring import RESULTS, available_cores, compared, ratio, spread, surroundings, write_results
+from benchmarks.measuring import RESULTS, compared, ratio, spread, surroundings, write_results
 from skipvision.config import ModelConfig, ResamplerConfig, TextConfig, TilesConfig, Visibility, VisionConfig
 from skipvision.cost import decoder_flops, head_flops, merge_flops
 from skipvision.layout import BatchLayout, ImageSpan, TokenLayout
 from skipvision.model import BatchTensors, SkipVisionModel, attention_mask
 from skipvision.presets import PRESETS, Setting
 from skipvision.training.precision import compute_dtype
+from svcli.bench.cpu import available_cores
 
 RESULT = RESULTS / "training_ratio.json"
 TRUE = TEXT["llama-3-8b"]

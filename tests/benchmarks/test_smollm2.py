@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gguf_model import GgufModel, renamed, unpermuted, write_transformers
 from benchmarks.smollm2 import PROMPTS, _agreement
-from benchmarks.text_engines import answers
+from svcli.bench.text_engines import answers
 from tests.skipvision.zoo import transformers
 
 _THEIRS = {

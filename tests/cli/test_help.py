@@ -39,6 +39,7 @@ COMMANDS = (
     "inspect",
     "cost",
     "profile",
+    "bench",
     "verify",
     "doctor",
     "export",

@@ -1,16 +1,20 @@
-"""One engine for plain text in a process of its own: python -m benchmarks.text_engines ENGINE MODEL THREADS
+"""One engine for plain text in a process of its own: python -m svcli.bench.text_engines ENGINE MODEL THREADS CONTEXT
 
 Every line of stdin is a JSON object: `ids`, and how many tokens follow, `new`. The answer is one too: the greedy
 `tokens`, whatever they are; `prefill`, the seconds to the first of them; `decode`, those of each other one; and `gaps`,
-how far each token's logit lies above the next best one, or 0 where the engine shows no logits.
+how far each token's logit lies above the next best one, or 0 where the engine shows no logits. CONTEXT is how many rows
+there is room for. Ours may be a variant of a bundle: BUNDLE:VARIANT.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -28,16 +32,23 @@ Start = Callable[[Sequence[int]], tuple[Callable[[], int], Callable[[], float]]]
 """Takes a prompt. Gives what makes the next token, each time it is called, and the gap of the last one."""
 
 
-def ours(model: Path, threads: int) -> Start:
-    """A bundle, as chat runs it."""
+class WorkerError(ValueError):
+    """An engine whose process has ended; the message has its last words."""
+
+
+def ours(model: Path, threads: int, _context: int) -> Start:
+    """A bundle, as chat runs it; its capacity is baked in."""
     from svcli_engines.onnx_engine import OnnxEngine
     from svcli_export.manifest import load_manifest
 
-    manifest = load_manifest(model)
-    return _engine(OnnxEngine(model, manifest, num_threads=threads))
+    named = ("", "", str(model)) if model.is_dir() else str(model).rpartition(":")
+    bundle, variant = (Path(named[0]), named[2]) if named[0] else (model, "")
+    manifest = load_manifest(bundle, quick=True)
+    graphs = manifest.variant(variant) if variant else manifest
+    return _engine(OnnxEngine(bundle, graphs, num_threads=threads))
 
 
-def ours_torch(model: Path, threads: int) -> Start:
+def ours_torch(model: Path, threads: int, context: int) -> Start:
     """Our decoder in PyTorch, of a checkpoint."""
     import torch
 
@@ -45,7 +56,7 @@ def ours_torch(model: Path, threads: int) -> Start:
     from svcli_engines.torch_engine import TorchEngine
 
     torch.set_num_threads(threads)
-    return _engine(TorchEngine(load_checkpoint(model), capacity=CONTEXT))
+    return _engine(TorchEngine(load_checkpoint(model), capacity=context))
 
 
 def _engine(engine: Engine) -> Start:
@@ -60,7 +71,7 @@ def _engine(engine: Engine) -> Start:
     return start
 
 
-def transformers(model: Path, threads: int) -> Start:
+def transformers(model: Path, threads: int, _context: int) -> Start:
     """A loop of our own around the model: `generate` does the same, and more around it."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -84,7 +95,7 @@ def transformers(model: Path, threads: int) -> Start:
     return start
 
 
-def genai(model: Path, threads: int) -> Start:
+def genai(model: Path, threads: int, context: int) -> Start:
     """onnxruntime-genai picks the token itself. `threads` stands in the model's genai_config.json."""
     import onnxruntime_genai as og
 
@@ -94,7 +105,7 @@ def genai(model: Path, threads: int) -> Start:
 
     def start(ids: Sequence[int]) -> tuple[Callable[[], int], Callable[[], float]]:
         options = og.GeneratorParams(network)
-        options.set_search_options(do_sample=False, max_length=CONTEXT, batch_size=1)
+        options.set_search_options(do_sample=False, max_length=context, batch_size=1)
         generator = og.Generator(network, options)
         waiting = [list(ids)]
 
@@ -109,13 +120,13 @@ def genai(model: Path, threads: int) -> Start:
     return start
 
 
-def llama_cpp(model: Path, threads: int) -> Start:
+def llama_cpp(model: Path, threads: int, context: int) -> Start:
     """The KV cache is in fp32 where the weights are, or else in fp16, llama.cpp's default."""
     import llama_cpp as lc
 
     kind = lc.GGML_TYPE_F32 if model.stem == "fp32" else lc.GGML_TYPE_F16
     network = lc.Llama(
-        str(model), n_ctx=CONTEXT, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads,
+        str(model), n_ctx=context, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads,
         type_k=kind, type_v=kind, verbose=False,
     )  # fmt: skip
     size = network.n_vocab()
@@ -132,9 +143,7 @@ def llama_cpp(model: Path, threads: int) -> Start:
     return start
 
 
-CONTEXT = 1024
-"""Rows that every engine has room for."""
-ENGINES: dict[str, Callable[[Path, int], Start]] = {
+ENGINES: dict[str, Callable[[Path, int, int], Start]] = {
     "ours": ours,
     "ours_torch": ours_torch,
     "transformers": transformers,
@@ -165,19 +174,30 @@ class _Steps:
 class Worker:
     """An engine's process, from the side that asks. It waits, and does nothing, between two questions."""
 
-    def __init__(self, engine: str, model: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.text_engines", engine, str(model), str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, engine: str, model: Path | str, threads: int, context: int) -> None:
+        command = [sys.executable, "-m", "svcli.bench.text_engines", engine, str(model), str(threads), str(context)]
+        # The same packages as here, where svcli is run from its source tree, too.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(folder for folder in sys.path if folder)}
+        pipe = subprocess.PIPE
+        self._engine = engine
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the worker
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
+        )
 
     def ask(self, ids: Sequence[int], new: int) -> Any:
-        """What one generation gave. Raises SystemExit where the process has ended."""
+        """What one generation gave. Raises WorkerError where the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"ids": list(ids), "new": new}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"ids": list(ids), "new": new}) + "\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args!r} ended")
+            self._process.wait()
+            self._errors.seek(0)
+            last = self._errors.read().strip().splitlines()[-1:] or ["without a word"]
+            raise WorkerError(f"{self._engine} ended: {last[0]}")
         return json.loads(line)
 
     def __enter__(self) -> Worker:
@@ -186,7 +206,9 @@ class Worker:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._process.communicate()
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+        self._errors.close()
 
 
 def answers(start: Start, questions: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -212,11 +234,12 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    if len(sys.argv) != 4 or sys.argv[1] not in ENGINES:
-        raise SystemExit(f"usage: python -m benchmarks.text_engines {{{','.join(ENGINES)}}} MODEL THREADS")
-    start = ENGINES[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    if len(sys.argv) != 5 or sys.argv[1] not in ENGINES:
+        raise SystemExit(f"usage: python -m svcli.bench.text_engines {{{','.join(ENGINES)}}} MODEL THREADS CONTEXT")
+    start = ENGINES[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     for answer in answers(start, iter(sys.stdin.readline, "")):
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

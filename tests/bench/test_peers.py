@@ -1,0 +1,114 @@
+"""Other run times get the same weights, and are held against ours in turns."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from skipvision.config import TextConfig
+from skipvision.layout import TokenLayout
+from svcli.bench import peers
+from svcli.bench.text_engines import Worker, WorkerError
+from svcli.bench.text_models import decoder_config, decoder_name, write_decoder
+from svcli.engines import EngineName
+from svcli.errors import UsageError
+from svcli.settings import bundled_model
+from svcli_engines.base import MachineError
+from svcli_engines.torch_engine import TorchEngine
+from svcli_export.manifest import load_manifest
+from tests.optional import missing
+from tests.skipvision.zoo import transformers
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def logits(model: Any) -> Any:
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0, -1].numpy()
+
+
+def test_the_decoder_that_is_handed_over_is_ours(tmp_path: Path) -> None:
+    bundle = bundled_model()
+    manifest = load_manifest(bundle)
+    write_decoder(bundle, manifest, tmp_path / "decoder")
+    theirs = transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").eval()
+    ours = TorchEngine.of_bundle(bundle, manifest).prefill(IDS, None, TokenLayout((len(IDS),)))
+    # Both in fp32 on the same numbers; sums in another order.
+    np.testing.assert_allclose(logits(theirs), ours, atol=2e-4)
+    assert json.loads((tmp_path / "decoder" / "tokenizer.json").read_text())
+
+
+def test_biases_and_heads_that_are_not_tied_have_names_too() -> None:
+    assert decoder_config(TextConfig(qkv_bias=True), 8, (1, 2))["architectures"] == ["Qwen2ForCausalLM"]
+    assert decoder_name("decoder.layers.11.attention.q.bias") == "model.layers.11.self_attn.q_proj.bias"
+    assert decoder_name("decoder.head.weight") == "lm_head.weight"
+    with pytest.raises(AssertionError, match=r"decoder\.surprise"):
+        decoder_name("decoder.surprise")
+
+
+def test_a_peer_that_is_not_there_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda _name: None)
+    said = r'--peer onnxruntime-genai: not installed here: pip install onnxruntime-genai "svcli\[torch\]" transformers'
+    with pytest.raises(MachineError, match=said):
+        peers.check_peers(["onnxruntime-genai"], EngineName.ONNXRUNTIME)
+    with pytest.raises(MachineError, match=r'pip install transformers "svcli\[torch\]"$'):
+        peers.check_peers(["transformers"], EngineName.ONNXRUNTIME)
+
+
+def test_peers_that_are_not_known_or_not_comparable_are_refused() -> None:
+    with pytest.raises(UsageError, match="choose among transformers, onnxruntime-genai"):
+        peers.check_peers(["fastest"], EngineName.ONNXRUNTIME)
+    with pytest.raises(UsageError, match="against --engine onnxruntime alone"):
+        peers.check_peers(["transformers"], EngineName.TORCH)
+    peers.check_peers([], EngineName.TORCH)
+
+
+def test_a_worker_says_what_the_engine_says_and_of_variants_too() -> None:
+    bundle = bundled_model()
+    said = []
+    for model in (bundle, f"{bundle}:dense"):
+        with Worker("ours", model, 1, 64) as worker:
+            answer = worker.ask(IDS, 4)
+            assert len(answer["decode"]) == 3
+            said.append(answer["tokens"])
+            assert worker.ask(IDS, 4)["tokens"] == answer["tokens"]
+    # Without pictures nothing is skipped.
+    assert said[0] == said[1]
+
+
+def test_a_worker_that_ends_leaves_its_last_words(tmp_path: Path) -> None:
+    with (
+        Worker("ours", tmp_path / "missing", 1, 64) as worker,
+        pytest.raises(WorkerError, match=r"ours ended: .*missing"),
+    ):
+        worker.ask(IDS, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(peers.PEERS))
+def test_a_peer_takes_turns_with_ours(name: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from svcli.app import app
+    from svcli.bench.report import read_report
+
+    if find_spec(peers.PEERS[name][1]) is None:
+        missing(name)
+    path = tmp_path / "a.json"
+    options = ["--rounds", "2", "--warm-up", "1", "--tokens", "3", "-q", "--peer", name, "--json", str(path)]
+    shown = CliRunner().invoke(app, ["bench", *options])
+    assert shown.exit_code == 0, shown.output
+    (peer,) = read_report(path).peers
+    assert peer.rows == read_report(path).sides["dense"].prompt_rows
+    assert list(peer.stages) == ["prefill", "decode"]
+    for stage in peer.stages.values():
+        assert list(stage.sides) == [name, "ours"]
+        assert {len(figure.values) for figure in stage.sides.values()} == {2}
+    assert peer.weights.startswith("the same decoder weights, in ")
+    assert f"{name} {peer.version} on {peer.rows} rows of text" in shown.stdout

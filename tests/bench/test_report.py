@@ -1,0 +1,86 @@
+"""Results files: what is written is read again, and nothing else is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from svcli.bench.files import check_targets, write_text
+from svcli.bench.report import COLUMNS, BenchError, as_csv, as_json, read_report
+from svcli.errors import UsageError
+from tests.bench.reports import report
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    written = as_json(report({"prefill": 0.5}))
+    path.write_text(written)
+    assert as_json(read_report(path)) == written
+    assert read_report(path).stages["prefill"].verdict == "lower"
+
+
+def test_the_csv_has_a_row_for_each_side_of_each_figure() -> None:
+    found = report({"prefill": 0.5})
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) == 2 * sum(1 for _ in found.parts()) == 2 * (6 + 1 + 2)
+    prefill = next(
+        row for row in rows if row["part"] == "stages" and row["stage"] == "prefill" and row["side"] == "skipped"
+    )
+    assert float(prefill["ratio"]) == pytest.approx(0.5)
+    assert float(prefill["p50"]) == pytest.approx(0.501)
+    # 10 ms of FLOPs at 1e11 a second, against 1 ms of bytes.
+    assert float(prefill["roof_seconds"]) == pytest.approx(0.01)
+    assert float(prefill["roof_share"]) == pytest.approx(0.01 / 0.501, rel=1e-4)
+    picture = next(row for row in rows if row["stage"] == "picture")
+    assert picture["flops"] == picture["roof_share"] == ""
+    assert {(row["part"], row["at"]) for row in rows} == {("stages", ""), ("batch", "4"), ("context", "300")}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "no JSON"),
+        ("[]", "not what"),
+        ('{"format": 0}', "not what"),
+        ('{"format": 1}', "at date: Field required"),
+    ],
+)
+def test_another_file_is_refused_in_a_sentence(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(BenchError, match=said):
+        read_report(path)
+    with pytest.raises(BenchError, match="No such file"):
+        read_report(tmp_path / "missing.json")
+
+
+def test_unknown_keys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(json.loads(as_json(report())) | {"surprise": 1}))
+    with pytest.raises(BenchError, match="surprise"):
+        read_report(path)
+
+
+def test_targets_are_looked_at_first(tmp_path: Path) -> None:
+    check_targets([tmp_path / "a.json"])
+    for paths, said in (
+        ([tmp_path], "is a folder"),
+        ([tmp_path / "missing" / "a.json"], "no such folder"),
+        ([tmp_path / "a", tmp_path / "a"], "a file of its own"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            check_targets(paths)
+
+
+def test_an_older_file_stays_whole_where_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
