@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -21,47 +22,59 @@ from svcli.commands.serve import serve
 from svcli.commands.train import train
 from svcli.commands.verify import verify
 from svcli.errors import reported
+from svcli.examples import EPILOG, USAGES
 
 app = typer.Typer(
-    add_completion=False,
     # Plain help: it starts faster, and reads the same as the one-line errors.
     rich_markup_mode=None,
     # Errors are ours to render: one sentence, see errors.py.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, ask, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new):
-    app.command()(reported(command))
 data = typer.Typer(help="What is trained on: conversations are checked, and what pictures are made of is fetched.")
-data.command()(reported(check))
-data.command()(reported(fetch))
-app.add_typer(data, name="data")
 
 
-def _show_version(wanted: bool) -> None:
+def _register(group: typer.Typer, *commands: Callable[..., None]) -> None:
+    for command in commands:
+        usage = USAGES[command.__name__.replace("_", "-")]
+        group.command(short_help=usage.summary, epilog=usage.epilog)(reported(command))
+
+
+_register(app, chat, ask, serve, inspect, cost, profile, verify, doctor, export, build_engine, train, new)
+_register(data, check, fetch)
+app.add_typer(data, name="data", short_help=USAGES["data"].summary, epilog=USAGES["data"].epilog)
+
+
+def _show_versions(wanted: bool) -> None:
     if wanted:
+        from svcli.versions import versions
+
         ui.show(f"svcli {__version__}")
+        for name, version in versions():
+            ui.show(f"{name} {version}")
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, epilog=EPILOG)
 def main(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_versions, is_eager=True, help="Print the versions of svcli and what it runs on."
+        ),
     ] = False,
 ) -> None:
     """Skip-Vision: vision-language models that skip most of what they see, trained, exported and run."""
     del version  # its callback has done the work
     if context.invoked_subcommand is None:
+        question = 'svcli chat PICTURE "what is this?"'
         ui.welcome(
             "Ask a small model about a picture, in this terminal.",
             [
-                ('svcli chat PICTURE "what is this?"', "an answer, word by word"),
-                ("svcli inspect", "what the bundled model is made of"),
-                (
-                    "svcli --help",
-                    "the rest: ask, serve, cost, profile, verify, doctor, export, build-engine, train, new, data",
-                ),
+                (question, "an answer, word by word"),
+                (f"{question} --compare", "what skipping changes: answers, tokens, bytes, times"),
+                ("svcli doctor", "what works on this machine, and the command for what does not"),
             ],
+            "svcli --help lists every command, and svcli COMMAND --help has examples.",
         )
