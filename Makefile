@@ -43,7 +43,7 @@ site: $(SITE_STAMP)
 	@echo "build/site/html/index.html; with its search: $(PYTHON) -m http.server -d build/site/html"
 
 release-check:
-	@$(PYTHON) release/check.py
+	@$(PYTHON) -m release.check
 
 format: $(TEST_STAMP)
 	.venv/bin/python -m ruff check --fix .

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +50,7 @@ NOT_RUN = {
 BLOCKS = {document: blocks(document) for document in documents()}
 SERVER = "127.0.0.1:8000"
 SECONDS = 120
-NEEDS = {
+NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "svcli build-engine": ("tensorrt-rtx", lambda: find_spec("tensorrt_rtx") is not None),
     "curl ": ("curl", lambda: shutil.which("curl") is not None),
 }

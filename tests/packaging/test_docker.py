@@ -20,7 +20,8 @@ FILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 
 def instruction(text: str, name: str) -> str:
     """The last of that name, in one line."""
-    return re.findall(rf"^{name} (.*)$", text.replace("\\\n", " "), re.MULTILINE)[-1].strip()
+    found: list[str] = re.findall(rf"^{name} (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return found[-1].strip()
 
 
 def test_there_is_one_for_a_cpu_and_one_for_cuda() -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -85,7 +84,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tool = shutil.which("zensical", path=str(Path(sys.executable).parent)) or shutil.which("zensical")
     if tool is None:
         missing("zensical")
-    folder: Any = tmp_path_factory.mktemp("site")
+    folder: Path = tmp_path_factory.mktemp("site")
     SITE["lay_out"](folder / "build" / "site" / "pages")
     (folder / "mkdocs.yml").write_text(CONFIG)
     for name in ("skipvision", "export", "engines"):
