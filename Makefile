@@ -1,7 +1,7 @@
 # make demo    ask the bundled model about a picture (light: no torch)
 # make test    everything that must pass before a change lands
 # make gpu-check   the CUDA kernels and PyTorch's engine on a GPU (docs/plugins.md says what it needs)
-# make site    the documents as pages, in build/site/html
+# make site    the documents as pages, in build/site/html (Python 3.11 or newer)
 # make release-check   what is built and installed before a release (docs/releasing.md)
 # make format  let ruff rewrite the code
 # make clean   remove what the above have made
@@ -50,7 +50,7 @@ format: $(TEST_STAMP)
 	.venv/bin/python -m ruff format .
 
 clean:
-	rm -rf .venv .venv-demo .venv-site build/site dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-site .cache build/site dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(DEMO_STAMP): pyproject.toml constraints.txt
 	@echo "Setting up .venv-demo (once; about a minute)" >&2
