@@ -61,7 +61,10 @@ def torch(place: Place) -> str:
 
 
 def train(place: Place) -> str:
-    expect("[optim]" in place.run("svcli", "train", "sv-llava-100", "--print-config"), "no recipe is printed")
+    expect(
+        "[optim]" in place.run("svcli", "train", "recipes/skipvision-tiny.toml", "--print-config"),
+        "no recipe is printed",
+    )
     _train(place, "run", "optim.steps=2")
     expect((place.folder / "run" / "checkpoint" / "model.safetensors").is_file(), "no checkpoint")
     return "prints a recipe, and two steps end in a checkpoint"
@@ -130,7 +133,7 @@ def trt(place: Place) -> str:
     said = place.run("svcli", "build-engine", "fp16", "--backend", "tensorrt", expected=LACKING)
     last = said.strip().splitlines()[-1]
     expect("tensorrt" in last.lower(), f"no remedy: {last}")
-    raise UntriedError(f"TensorRT comes from its own index, which it says: {last[:120]}")
+    raise UntriedError(f"no plan was built, which it says: {last[:160]}")
 
 
 def _train(place: Place, output: str, *settings: str) -> None:

@@ -152,7 +152,7 @@ USAGES: dict[str, Usage] = {
         "Train a model that there is, or a small one from nothing.",
         (
             ("the presets by name", "svcli train --list"),
-            ("one of them in full", "svcli train sv-llava-100 --print-config"),
+            ("every key of a recipe", "svcli train recipes/skipvision-tiny.toml --print-config"),
             (
                 "what is bundled, from nothing; started again, it goes on",
                 "svcli train recipes/skipvision-tiny.toml -o runs/tiny",

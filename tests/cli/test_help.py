@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import skipvision
 from svcli.app import app
+from svcli.examples import USAGES
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {
@@ -147,6 +148,17 @@ def test_help_ends_with_examples_that_the_command_takes(words: str) -> None:
         assert name.startswith(words)
         # Raises for what the command would refuse.
         commands()[name].make_context(name, rest[len(name.split()) :])
+
+
+@pytest.mark.parametrize("words", ["train", "cost", "inspect"])
+def test_examples_of_what_takes_nothing_of_the_readers_do_what_they_say(words: str) -> None:
+    own = ("my-", "--set", "-o ")
+    lines = [line for _why, line in USAGES[words].examples if not any(word in line for word in own)]
+    assert lines
+    for line in lines:
+        given = [str(ROOT / word) if word.startswith("recipes/") else word for word in shlex.split(line)[1:]]
+        shown = CliRunner().invoke(app, given)
+        assert shown.exit_code == 0, shown.output
 
 
 def test_the_list_of_commands_cuts_none_short() -> None:
