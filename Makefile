@@ -62,7 +62,7 @@ $(TEST_STAMP): pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; some minutes, most of them for torch)" >&2
 	@$(call fresh_venv,.venv)
 	@.venv/bin/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that knows dependency groups
-	@.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,torch,train,data,rtx,plots,serve]" --group dev
+	@.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,torch,train,data,rtx,plots,serve]" --group dev --group docs
 	@touch "$@"
 
 $(SITE_STAMP): pyproject.toml constraints.txt
