@@ -64,6 +64,15 @@ def test_bash_completes(shell: pexpect.spawn[str], typed: str, completed: str) -
     shell.expect_exact(completed)
 
 
+def test_it_installs_itself_for_the_shell_that_asks(shell: pexpect.spawn[str]) -> None:
+    shell.sendline("svcli --install-completion")
+    shell.expect_exact("bash completion installed in ")
+    shell.expect_exact(PROMPT)
+    home = Path(os.environ["HOME"])
+    assert "_SVCLI_COMPLETE=complete_bash" in (home / ".bash_completions" / "svcli.sh").read_text()
+    assert "svcli.sh" in (home / ".bashrc").read_text()
+
+
 def asked(program: Path, shell: str, words: str) -> str:
     """What a shell's script gets to read for these words, the last of which is being typed."""
     environment = {

@@ -16,6 +16,7 @@ import torch
 from skipvision.layout import TokenLayout
 from skipvision.model import attention_mask
 from skipvision.training.recipes import read_scratch_recipe
+from tests.packaging.code_blocks import documents
 
 ROOT = Path(__file__).parents[2]
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -63,3 +64,13 @@ def test_the_first_commands_of_the_guide_to_training_lead_to_an_answer(tmp_path:
 def test_links_lead_to_files(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", documents())
+def test_files_that_documents_name_are_there(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    tests = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    assert set(re.findall(r"`(test_\w+\.py)`", text)) <= tests
+    roots = (ROOT, ROOT / "export", ROOT / "engines", (ROOT / document).parent)
+    for name in re.findall(r"`((?:[a-z_]+/)+[\w-]+\.(?:py|toml|cu|cpp|html))`", text):
+        assert any((root / name).exists() for root in roots) or name.startswith("build/"), name
