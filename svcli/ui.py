@@ -72,8 +72,8 @@ def show(line: str) -> None:
     console.print(encodable(console, printable(line)), soft_wrap=True)
 
 
-def welcome(greeting: str, first_steps: Sequence[tuple[str, str]]) -> None:
-    """A greeting and what to try first: commands, and what each is for."""
+def welcome(greeting: str, first_steps: Sequence[tuple[str, str]], more: str) -> None:
+    """A greeting, what to try first (commands, and what each is for), and where there is more."""
     console = stdout()
     console.print(greeting, end="\n\n")
     width = max(len(command) for command, _ in first_steps)
@@ -81,6 +81,7 @@ def welcome(greeting: str, first_steps: Sequence[tuple[str, str]]) -> None:
     for command, purpose in first_steps:
         console.print(f"  {command:{width}}", style="bold", end="   " if beside else "\n    ", soft_wrap=True)
         console.print(purpose, style="dim", soft_wrap=True)
+    console.print(f"\n{more}", soft_wrap=True)
 
 
 def pairs(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:

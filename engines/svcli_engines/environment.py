@@ -183,7 +183,7 @@ class Environment:
 
 def look(model: Path, places: Mapping[str, Path]) -> Environment:
     """The facts. `model`: the bundled one; `places`: folders by name."""
-    packages = tuple(_package(name) for name in PACKAGES)
+    packages = tuple(package(name) for name in PACKAGES)
     installed = {package.name for package in packages if package.version is not None}
     with ThreadPoolExecutor() as pool:  # each waits for a process of its own
         runtime = pool.submit(_onnxruntime, bool(installed & {"onnxruntime", "onnxruntime-gpu"}))
@@ -206,7 +206,8 @@ def look(model: Path, places: Mapping[str, Path]) -> Environment:
     )
 
 
-def _package(name: str) -> Package:
+def package(name: str) -> Package:
+    """One of `PACKAGES`, by its metadata."""
     for distribution in PACKAGES[name]:
         with suppress(metadata.PackageNotFoundError):
             # A damaged installation has metadata without a version.
@@ -276,7 +277,7 @@ def find_cuda() -> Cuda:
 
 def read_libcuda(library: Any) -> Cuda:
     """What the driver's library says; `library` is it, loaded by ctypes."""
-    driver = _kernel_module()
+    driver = driver_version()
     version, count = ctypes.c_int(), ctypes.c_int()
     library.cuDriverGetVersion(ctypes.byref(version))
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
@@ -297,8 +298,8 @@ def read_libcuda(library: Any) -> Cuda:
     return Cuda(driver, cuda, tuple(gpus), "libcuda")
 
 
-def _kernel_module() -> str | None:
-    """Version of the kernel's part of the driver."""
+def driver_version() -> str | None:
+    """Of the NVIDIA driver's part in the kernel; None without one."""
     with suppress(OSError):
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
         return next((word for word in words if word.replace(".", "").isdigit() and "." in word), None)
@@ -374,7 +375,7 @@ def _tell() -> None:
     except (OSError, AttributeError) as error:
         absent = "No such file" in str(error)
         problem = f"{_LIBCUDA} is not there" if absent else f"{_LIBCUDA} cannot be used ({error})"
-        found = Cuda(driver=_kernel_module(), problem=problem)
+        found = Cuda(driver=driver_version(), problem=problem)
     sys.stdout.write(json.dumps(asdict(found)))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.errors import UsageError
 from svcli.models import model_folder
 from svcli.settings import bundled_model
@@ -43,16 +43,25 @@ def cost(
             metavar="MODEL",
             help="Folder with a config.json, checkpoint, bundle, the name of a known model, or owner/name of one on the"
             " hub; the bundled one if left out.",
+            autocompletion=completions.models,
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="One of the paper's settings, such as sv-llava-100.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One of the paper's settings, such as sv-llava-100.",
+            autocompletion=completions.settings,
+        ),
     ] = None,
     skip: Annotated[
         str | None, typer.Option(metavar="R/S", help="Retained and skipped tokens of a picture, such as 100/156.")
     ] = None,
     num_text: Annotated[int, typer.Option("--text", min=0, metavar="N", help="Rows of text beside the picture.")] = 40,
-    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Times at best on this one, such as h200.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Times at best on this one, such as h200.", autocompletion=completions.gpus),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Show what one picture costs, dense against skipped.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.errors import UsageError
 from svcli.models import model_folder
 from svcli.remarks import dense_remarks, remarks
@@ -63,7 +63,12 @@ def export(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Or one of the paper's settings, such as sv-llava-100.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Or one of the paper's settings, such as sv-llava-100.",
+            autocompletion=completions.settings,
+        ),
     ] = None,
     variants: Annotated[
         list[str] | None,
@@ -73,6 +78,7 @@ def export(
             help="Another setting that the bundle gets graphs for, on the same weights: R/S, dense, or one of the"
             " paper's; may be given several times. A bundle that skips has dense without being asked, and keeps those"
             " of the bundle that it is made of.",
+            autocompletion=completions.variants,
         ),
     ] = None,
     no_variants: Annotated[bool, typer.Option("--no-variants", help="No graphs but those of the one setting.")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.models import model_folder
 from svcli.remarks import remarks
 from svcli.skip_option import parse_setting
@@ -47,7 +47,12 @@ def new(
         typer.Option(metavar="R/S", help="Retained and skipped tokens of a picture; it skips none if left out."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A setting of the paper instead, such as sv-llava-100.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A setting of the paper instead, such as sv-llava-100.",
+            autocompletion=completions.settings,
+        ),
     ] = None,
     projector_size: Annotated[
         int | None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.errors import UsageError
 from svcli.models import model_folder
 from svcli.skip_option import parse_setting
@@ -37,7 +37,12 @@ def profile(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Or one of the paper's settings, such as sv-llava-100.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Or one of the paper's settings, such as sv-llava-100.",
+            autocompletion=completions.settings,
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for three figures as PNG.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.errors import FAILURE, UsageError
 from svcli.models import model_folder
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="TOML file that says what to train, and on what; or a preset."),
+        typer.Argument(
+            metavar="RECIPE",
+            help="TOML file that says what to train, and on what; or a preset.",
+            autocompletion=completions.recipes,
+        ),
     ] = None,
     output: Annotated[
         Path | None,

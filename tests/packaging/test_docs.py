@@ -11,23 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+import torch
 
+from skipvision.layout import TokenLayout
+from skipvision.model import attention_mask
 from skipvision.training.recipes import read_scratch_recipe
-from svcli.app import app
+from tests.packaging.code_blocks import documents
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SERVING = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
-EVALUATION = (ROOT / "docs" / "eval.md").read_text(encoding="utf-8")
-TRITON = (ROOT / "docs" / "triton.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-
-
-def commands(text: str) -> list[str]:
-    """Lines that start svcli, by itself or under torchrun, each as one."""
-    whole = text.replace("\\\n", " ")
-    return sorted(set(re.findall(r"^(?:torchrun .*? -m )?(svcli .*)$", whole, re.MULTILINE)))
 
 
 def test_the_figure_of_the_tokens_is_the_one_that_the_recipe_gives() -> None:
@@ -35,16 +27,20 @@ def test_the_figure_of_the_tokens_is_the_one_that_the_recipe_gives() -> None:
     assert drawing["draw"](read_scratch_recipe(drawing["RECIPE"]).model) == (ROOT / "docs" / "tokens.svg").read_text()
 
 
-@pytest.mark.parametrize(
-    "line", commands(README) + commands(SERVING) + commands(TRITON) + commands(EVALUATION) + commands(TRAINING)
-)
-def test_commands_of_the_documents_exist(line: str) -> None:
-    _, *words = shlex.split(line, comments=True)
-    command = words[:2] if words[0] == "data" else words[:1]
-    shown = CliRunner().invoke(app, [*command, "--help"])
-    assert shown.exit_code == 0, shown.output
-    options = {word for word in words if word.startswith("-")}
-    assert all(re.search(rf"(^|\s){option}\b", shown.stdout) for option in options), shown.stdout
+@pytest.mark.parametrize("name", ["layout_orders.svg", "layout_masks.svg"])
+def test_figures_of_the_layout_are_those_of_the_code(name: str) -> None:
+    figures = runpy.run_path(str(ROOT / "docs" / "layout_figures.py"))["FIGURES"]
+    assert figures[name]() == (ROOT / "docs" / name).read_text()
+
+
+def test_the_mask_that_is_drawn_is_that_of_the_model() -> None:
+    drawing = runpy.run_path(str(ROOT / "docs" / "layout_figures.py"))
+    for visibility in ("image", "all"):
+        layout = TokenLayout(drawing["SEGMENTS"], visibility)
+        order = layout.positions.argsort()
+        rows = (torch.from_numpy(each)[None] for each in (layout.positions, layout.visible_until))
+        mask = attention_mask(*rows)[0, 0].numpy()[order][:, order]
+        assert (mask == drawing["attends"](layout)).all()
 
 
 @pytest.mark.slow
@@ -62,7 +58,19 @@ def test_the_first_commands_of_the_guide_to_training_lead_to_an_answer(tmp_path:
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md")), ids=lambda path: path.name
+)
 def test_links_lead_to_files(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", documents())
+def test_files_that_documents_name_are_there(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    tests = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    assert set(re.findall(r"`(test_\w+\.py)`", text)) <= tests
+    roots = (ROOT, ROOT / "export", ROOT / "engines", (ROOT / document).parent)
+    for name in re.findall(r"`((?:[a-z_]+/)+[\w-]+\.(?:py|toml|cu|cpp|html))`", text):
+        assert any((root / name).exists() for root in roots) or name.startswith("build/"), name

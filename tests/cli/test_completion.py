@@ -1,0 +1,111 @@
+"""Shells complete commands, options, the names that options take, and paths."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+PROMPT = "ready> "
+
+
+@pytest.fixture(scope="module")
+def program(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """svcli as a shell finds it."""
+    path = tmp_path_factory.mktemp("bin") / "svcli"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def shell(program: Path, tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
+    """A bash that has read the script, in a folder with a picture."""
+    bash = shutil.which("bash")
+    assert bash is not None
+    (tmp_path / "hamburgers.png").touch()
+    (tmp_path / "my-bundle").mkdir()
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PS1": PROMPT, "TERM": "dumb"}
+    arguments = ["--norc", "--noprofile", "-i"]
+    child = pexpect.spawn(
+        bash, arguments, cwd=str(tmp_path), env=environment, encoding="utf-8", timeout=60, dimensions=(50, 200)
+    )
+    child.expect_exact(PROMPT)
+    child.sendline("bind 'set bell-style none'; bind 'set enable-bracketed-paste off'")
+    child.expect_exact(PROMPT)
+    child.sendline('eval "$(svcli --show-completion)"')
+    child.expect_exact(PROMPT)
+    yield child
+    child.close(force=True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("svcli bui", "svcli build-engine "),
+        ("svcli data fe", "svcli data fetch "),
+        ("svcli chat --comp", "svcli chat --compare "),
+        ("svcli chat --engine tor", "svcli chat --engine torch"),
+        ("svcli export x -o y --precision fp3", "svcli export x -o y --precision fp32 "),
+        ("svcli export x -o y --preset sv-llava-1", "svcli export x -o y --preset sv-llava-100 "),
+        ("svcli cost --gpu h2", "svcli cost --gpu h200 "),
+        ("svcli chat ham", "svcli chat hamburgers.png "),
+        ("svcli inspect my", "svcli inspect my-bundle/"),
+    ],
+)
+def test_bash_completes(shell: pexpect.spawn[str], typed: str, completed: str) -> None:
+    shell.send(f"{typed}\t")
+    shell.expect_exact(completed)
+
+
+def test_it_installs_itself_for_the_shell_that_asks(shell: pexpect.spawn[str]) -> None:
+    shell.sendline("svcli --install-completion")
+    shell.expect_exact("bash completion installed in ")
+    shell.expect_exact(PROMPT)
+    home = Path(os.environ["HOME"])
+    assert "_SVCLI_COMPLETE=complete_bash" in (home / ".bash_completions" / "svcli.sh").read_text()
+    assert "svcli.sh" in (home / ".bashrc").read_text()
+
+
+def asked(program: Path, shell: str, words: str) -> str:
+    """What a shell's script gets to read for these words, the last of which is being typed."""
+    environment = {
+        **os.environ,
+        "_SVCLI_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+        "_TYPER_COMPLETE_ARGS": words,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    return subprocess.run([program], env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_names_are_the_ones_that_the_command_takes(program: Path) -> None:
+    from skipvision.known_models import KNOWN_MODELS
+    from skipvision.presets import PRESETS
+    from skipvision.training.recipes import PRESETS as RECIPES
+
+    assert asked(program, "bash", "svcli cost ").split() == list(KNOWN_MODELS)
+    assert asked(program, "bash", "svcli train ").split() == list(RECIPES)
+    assert asked(program, "bash", "svcli export x --variant ").split() == ["dense", *PRESETS]
+    # Where nothing is offered, the shell completes paths.
+    assert asked(program, "bash", "svcli chat ham").split() == []
+
+
+def test_zsh_and_fish_get_help_beside_names(program: Path) -> None:
+    assert '"doctor":"Show what this machine has' in asked(program, "zsh", "svcli doc")
+    assert asked(program, "zsh", "svcli chat ham").strip() == "_files"
+    assert asked(program, "fish", "svcli doc").startswith("doctor\tShow what this machine has")
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_the_script_of_any_shell_can_be_had(program: Path, name: str) -> None:
+    environment = {**os.environ, "_SVCLI_COMPLETE": f"source_{name}"}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, check=True)
+    assert f"_SVCLI_COMPLETE=complete_{name}" in done.stdout
