@@ -360,7 +360,8 @@ def _size(size: Any) -> list[str]:
 
 
 def _heard(part: Any) -> str:
-    heard = ", ".join(f"{count} heard {what}" for what, count in part["heard"].items())
+    said = {"ended": "had their answer to its end", "APIConnectionError": "were told that the connection broke"}
+    heard = ", ".join(f"{count} {said.get(what, what)}" for what, count in part["heard"].items())
     return f"of {part['clients']} clients {heard}"
 
 

@@ -18,6 +18,7 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/REPORT.md": "report.md",
     "engines/README.md": "engines.md",
     "export/README.md": "bundle.md",
     "models/skipvision-tiny/README.md": "skipvision-tiny.md",
