@@ -183,7 +183,6 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         (["--engine", "tensorrt"], "name a bundle that `svcli export --skip off` wrote by --dense"),
         (["missing.png"], "missing.png: No such file"),
         (["--peer", "nobody"], "--peer nobody: choose among"),
-        (["--engine", "torch", "--batch", "2"], "--batch 2: torch runs one sequence"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(bundle: Path, picture: Path, options: list[str], said: str) -> None:
