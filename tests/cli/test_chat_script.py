@@ -23,6 +23,7 @@ from svcli.chat.pictures import Picture
 from svcli.chat.reader import is_open_block, label
 from svcli.chat.record import LineLog
 from svcli_engines.generate import Conversation, Piece
+from svcli_export.manifest import load_manifest
 
 QUESTION = "what is this?"
 
@@ -230,9 +231,13 @@ def test_a_damaged_conversation_changes_nothing(bundle: Path, picture: Path, tmp
         saved.write_text(json.dumps(content | damage))
         words = "no such file" if "waiting" in damage else "damaged"
         refused(bundle, lines=f"/load {saved}\n", words=words)
-    content["messages"][-1]["ids"] = [10**9]
-    saved.write_text(json.dumps(content))
-    refused(bundle, lines=f"/load {saved}\n", words="ids that the model does not have")
+    picture_id = load_manifest(bundle).chat.image_id
+    for ids in ([10**9], ["x"], [picture_id]):
+        content["messages"][-1]["ids"] = ids
+        saved.write_text(json.dumps(content))
+        refused(bundle, lines=f"/load {saved}\n", words="ids that no answer has")
+    saved.write_text("[" * 100_000)
+    refused(bundle, lines=f"/load {saved}\n", words="no conversation")
 
 
 def test_a_picture_from_stdin_is_saved_as_it_is() -> None:
