@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 INTERRUPTED = 130
 """What a shell reports for a process that Ctrl-C has ended."""
@@ -32,7 +32,8 @@ def _main() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _leave)
         # A stream that was closed before the start is None, which nobody expects.
-        sys.stdout, sys.stderr = (stream or _nowhere() for stream in (sys.stdout, sys.stderr))
+        sys.stdin = sys.stdin or _nowhere("r")
+        sys.stdout, sys.stderr = (stream or _nowhere("w") for stream in (sys.stdout, sys.stderr))
         from svcli.app import app
 
         # A locale that is not UTF-8 must not turn an answer into an encoding error.
@@ -59,8 +60,8 @@ def _main() -> None:
         sys.exit(BROKEN_PIPE)
 
 
-def _nowhere() -> TextIO:
-    return Path(os.devnull).open("w")
+def _nowhere(mode: Literal["r", "w"]) -> TextIO:
+    return Path(os.devnull).open(mode)
 
 
 def _leave(number: int, _frame: object) -> None:

@@ -85,15 +85,28 @@ def welcome(greeting: str, first_steps: Sequence[tuple[str, str]], more: str) ->
 
 
 def pairs(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
-    """A title and what is known about it, one fact a line, on stdout or another console."""
+    """A title and what is known about it, one fact a line, on stdout or another console. Where names would take most of
+    the width, each stands above what is known."""
+    from rich.cells import cell_len
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
+    console = console or stdout()
+    if 2 * max((cell_len(name) for name, _ in rows), default=0) > console.width:
+        if title:
+            console.print(Text(printable(title), style="bold"))
+        for name, value in rows:
+            console.print(Text(printable(name), style="dim", overflow="fold"))
+            console.print(Padding(Text(printable(value), overflow="fold"), (0, 0, 0, 2), expand=False))
+        console.print()
+        return
     view = Table(title=printable(title), show_header=False, **_TABLE_STYLE)
     view.add_column(style="dim", no_wrap=True)
     view.add_column(overflow="fold")
     for row in rows:
         view.add_row(*map(printable, row))
-    (console or stdout()).print(view, "")
+    console.print(view, "")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -52,6 +52,11 @@ class Stats:
     decode_tokens_per_second: float
     """Of the tokens after the first; 0 where there are none."""
 
+    @property
+    def num_rows_of_prompt(self) -> int:
+        """All of them, wherever they came from."""
+        return self.num_shared_rows + self.num_prompt_rows
+
 
 class KnownCache:
     """An engine, and the units that its KV cache holds."""

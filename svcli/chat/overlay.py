@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,14 +35,16 @@ def marked(session: Session, picture: Picture) -> Image.Image:
 def show_picture(session: Session, number: int, view: ChatView) -> None:
     """Draws picture `number`, from 1 on; without marks, and saying so, where nothing can be marked.
 
-    Raises UsageError where there is no such picture.
+    Raises UsageError where there is no such picture, or the terminal draws none.
     """
-    from svcli.terminal_pictures import draw
+    from svcli.terminal_pictures import draw, graphics_of
     from svcli_engines.overlay import OverlayError
 
     if not 0 < number <= len(session.pictures):
         raise UsageError(f"there is no picture {number}; /image list shows all")
-    picture = session.pictures[number - 1]
+    picture, console = session.pictures[number - 1], ui.stderr(is_plain=view.is_plain)
+    if graphics_of(console, os.environ) == "text":
+        raise UsageError("no pictures are drawn here; `svcli chat --save-overlay PNG` writes what was retained of one")
     view.wait("looking...")
     image, told = picture.image, picture.name
     try:
@@ -49,18 +53,30 @@ def show_picture(session: Session, number: int, view: ChatView) -> None:
     except OverlayError as error:
         view.note(str(error))
     view.end_line()
-    draw(image, ui.stderr(is_plain=view.is_plain))
+    draw(image, console)
     view.tell(told)
 
 
 def save_overlay(session: Session, path: Path) -> None:
     """Writes the picture with its marks as PNG; of several, each with its number behind the name.
 
-    Raises OverlayError as `marked` does, or OSError.
+    Raises OverlayError as `marked` does, or OSError, behind which there is no file that is not whole.
     """
     pictures = session.pictures
     if not pictures:
         raise UsageError("there is no picture to mark")
     for number, picture in enumerate(pictures, 1):
         place = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{number}")
-        marked(session, picture).save(place, "PNG")
+        file = io.BytesIO()
+        marked(session, picture).save(file, "PNG")
+        _write(place, file.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    existed = path.exists()
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        if not existed:
+            path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None

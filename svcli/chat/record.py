@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import uuid
 from contextlib import closing
 from datetime import datetime, timezone
@@ -65,9 +66,12 @@ class LineLog:
 
     def _append(self, text: str) -> None:
         # One write to a file that is open for appending: two conversations do not tear each other's lines.
-        file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(file, text.encode())
+            line = (_line_end(file) + text if text else "").encode()
+            written = os.write(file, line)
+            while written < len(line):  # a disk that fills up takes a part, and refuses only the next
+                written += os.write(file, line[written:])
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         finally:
@@ -118,6 +122,12 @@ def open_log(path: Path) -> Sink:
     if path.suffix.lower() == ".jsonl":
         return LineLog(path)
     raise UsageError(f"{path}: a log ends with .jsonl, or with {' or '.join(_DATABASES)} for SQLite")
+
+
+def _line_end(file: int) -> str:
+    """What is missing at the end of a file whose last line is not whole, as where the disk was full."""
+    length = os.lseek(file, 0, os.SEEK_END) if stat.S_ISREG(os.fstat(file).st_mode) else 0
+    return "\n" if length and os.pread(file, 1, length - 1) != b"\n" else ""
 
 
 def _now() -> str:

@@ -72,16 +72,17 @@ def load(session: Session, path: Path, *, allow_private: bool = False) -> None:
     try:
         for each in content["messages"]:
             pictures = open_pictures(each["pictures"], transparency, allow_private=allow_private)
-            ids = tuple(map(int, each["ids"])) if knows_ids and "ids" in each else None
+            ids = tuple(each["ids"]) if knows_ids and "ids" in each else None
             messages.append(Message(_role(each["role"]), str(each["content"]), len(pictures), ids))
             shown += pictures
         waiting = open_pictures(content["waiting"], transparency, allow_private=allow_private)
         sampling = replace(session.sampling, **content["settings"])
     except (KeyError, TypeError) as error:
         raise UsageError(f"{path}: the conversation in it is damaged ({error})") from None
-    vocabulary = range(session.model.manifest.config.text.vocab_size)
-    if any(number not in vocabulary for message in messages for number in message.ids or ()):
-        raise UsageError(f"{path}: the conversation in it is damaged (ids that the model does not have)")
+    vocabulary, picture_id = range(session.model.manifest.config.text.vocab_size), session.model.manifest.chat.image_id
+    for message in messages:
+        if any(number not in vocabulary or number == picture_id for number in message.ids or ()):
+            raise UsageError(f"{path}: the conversation in it is damaged (ids that no answer has)")
     session.messages, session.shown, session.waiting = messages, shown, waiting
     session.sampling = sampling
 
@@ -90,7 +91,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """What `save` wrote; None for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     known = isinstance(content, dict) and content.get("format") == _FORMAT and content.get("version") == _VERSION
     return content if known else None

@@ -65,6 +65,8 @@ def start(given: Arguments, options: Options) -> int:
     if given.question is None and (options.compares or options.overlay):
         name = "--compare" if options.compares else "--save-overlay"
         raise UsageError(f'{name} goes with a question: svcli chat IMAGE "QUESTION" {name}')
+    if options.overlay and options.overlay.suffix.lower() != ".png":
+        raise UsageError(f"{options.overlay}: what was retained is written as PNG; choose a name that ends with .png")
     is_told = options.as_json or options.as_jsonl
     sinks: list[Sink] = [Objects()] if options.as_json else [Events()] if options.as_jsonl else []
     sinks += [open_log(options.log)] if options.log else []

@@ -75,8 +75,7 @@ class Call:
         """One line, in which nothing that a client sent can begin another."""
         facts = [self.method, quote(self.path)[:_LONGEST], str(self.status)]
         if self.stats is not None:
-            prompt = self.stats.num_shared_rows + self.stats.num_prompt_rows
-            facts.append(f"{prompt}+{self.stats.num_tokens} tokens")
+            facts.append(f"{self.stats.num_rows_of_prompt}+{self.stats.num_tokens} tokens")
         facts.append(f"{perf_counter() - self.started_at:.3f} s")
         if self.problem:
             facts.append(f"({self.problem})")

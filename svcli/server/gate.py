@@ -133,7 +133,7 @@ class Gate:
                 await asyncio.Event().wait()  # what a client does then is watched here
             return {"type": "http.request", "body": bodies.pop(), "more_body": False}
 
-        work: asyncio.Task[Any] = asyncio.ensure_future(_awaited(self._app(scope, replay, send)))
+        work: asyncio.Task[Any] = asyncio.ensure_future(self._app(scope, replay, send))
         leaving = asyncio.ensure_future(_left(receive))
         try:
             seconds = self._limits.seconds + _SLACK_SECONDS
@@ -172,10 +172,6 @@ class Gate:
 
 class _GoneError(Exception):
     """The client went away."""
-
-
-async def _awaited(work: Any) -> None:
-    await work
 
 
 async def _left(receive: Receive) -> None:

@@ -55,7 +55,7 @@ class Metrics:
             self._rate.labels(model).observe(stats.decode_tokens_per_second)
         for name, number in {
             "answers": 1,
-            "prompt_tokens": stats.num_shared_rows + stats.num_prompt_rows,
+            "prompt_tokens": stats.num_rows_of_prompt,
             "cached_tokens": stats.num_shared_rows,
             "completion_tokens": stats.num_tokens,
             "visual_tokens": stats.visual_tokens_full,

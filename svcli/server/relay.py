@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Send
@@ -43,7 +43,7 @@ async def messages_of(
         said, call.said = tuple(call.said), []
         sent.put_nowait((message, said))
 
-    work = asyncio.ensure_future(_awaited(app(own, receive, send)))
+    work = asyncio.ensure_future(app(own, receive, send))
     work.add_done_callback(lambda _: sent.put_nowait(None))
     try:
         while (each := await sent.get()) is not None:
@@ -51,10 +51,6 @@ async def messages_of(
     finally:
         gone.set()
         await work
-
-
-async def _awaited(work: Awaitable[None]) -> None:
-    await work
 
 
 class Relay:

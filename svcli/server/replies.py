@@ -12,7 +12,7 @@ from svcli_engines.sampling import Token
 from svcli_engines.turn import Piece, StopReason
 
 FinishReason = Literal["stop", "length"]
-_FINISHES: dict[StopReason, FinishReason] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
+FINISHES: dict[StopReason, FinishReason] = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 DONE = "data: [DONE]\n\n"
 """The last event of a stream that came to its end."""
 _NEVER = -9999.0
@@ -58,11 +58,10 @@ class Usage(BaseModel):
 
     @staticmethod
     def of(stats: Stats) -> Usage:
-        prompt = stats.num_shared_rows + stats.num_prompt_rows
         return Usage(
-            prompt_tokens=prompt,
+            prompt_tokens=stats.num_rows_of_prompt,
             completion_tokens=stats.num_tokens,
-            total_tokens=prompt + stats.num_tokens,
+            total_tokens=stats.num_rows_of_prompt + stats.num_tokens,
             prompt_tokens_details=PromptDetails(
                 cached_tokens=stats.num_shared_rows,
                 visual_tokens=stats.visual_tokens_full,
@@ -173,7 +172,7 @@ class Writer:
         choice = Choice(
             message=AnswerMessage(content=text),
             logprobs=self._logprobs(tokens),
-            finish_reason=_FINISHES[stats.stop_reason],
+            finish_reason=FINISHES[stats.stop_reason],
         )
         return ChatCompletion(**self._head, choices=[choice], usage=Usage.of(stats)).model_dump_json()  # type: ignore[arg-type]
 
@@ -187,7 +186,7 @@ class Writer:
 
     def end(self, stats: Stats, *, with_usage: bool) -> str:
         """The last events."""
-        last = self._event(ChunkChoice(delta={}, finish_reason=_FINISHES[stats.stop_reason]))
+        last = self._event(ChunkChoice(delta={}, finish_reason=FINISHES[stats.stop_reason]))
         if with_usage:
             last += event(ChatChunk(**self._head, choices=[], usage=Usage.of(stats)))  # type: ignore[arg-type]
         return last + DONE

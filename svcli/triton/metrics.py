@@ -47,7 +47,6 @@ class Metrics:
     def count(self, stats: Stats) -> None:
         """An answer that was made."""
         full, kept = stats.visual_tokens_full, stats.visual_tokens_kept
-        prompt = stats.num_shared_rows + stats.num_prompt_rows
-        values = (prompt, stats.num_shared_rows, stats.num_tokens, full, kept, full - kept)
+        values = (stats.num_rows_of_prompt, stats.num_shared_rows, stats.num_tokens, full, kept, full - kept)
         for name, value in zip(_COUNTERS, values, strict=True):
             self._metrics[name].increment(float(value))

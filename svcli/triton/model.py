@@ -25,6 +25,7 @@ from PIL import Image
 from skipvision.pictures import ImageError
 from svcli.engines import EngineName, open_pool
 from svcli.errors import explain
+from svcli.server.replies import FINISHES
 from svcli.triton.asking import Arrays, Asked, AskedError, decode, read
 from svcli.triton.config import COUNTS, INPUTS
 from svcli.triton.metrics import Metrics
@@ -43,7 +44,6 @@ News = Piece | Stats | Exception
 _INVALID = (AskedError, ImageError, PromptError, ChatError, SamplingError)
 _LOOK_SECONDS = 0.1
 """How often callers are asked whether they are still there."""
-_FINISHES = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 _NOTHING = Image.new("RGB", (1, 1))
 
 
@@ -191,7 +191,7 @@ def _response(call: _Call, event: News) -> Any:
     if isinstance(event, Piece):
         return pb_utils.InferenceResponse([_tensor("text_output", event.text.encode(), np.object_)])
     counts = (
-        event.num_shared_rows + event.num_prompt_rows,
+        event.num_rows_of_prompt,
         event.num_tokens,
         event.num_shared_rows,
         event.visual_tokens_full,
@@ -199,7 +199,7 @@ def _response(call: _Call, event: News) -> Any:
     )
     tensors = [
         _tensor("text_output", call.said.encode(), np.object_),
-        _tensor("finish_reason", _FINISHES[event.stop_reason].encode(), np.object_),
+        _tensor("finish_reason", FINISHES[event.stop_reason].encode(), np.object_),
         *(_tensor(name, count, np.int32) for name, count in zip(COUNTS, counts, strict=True)),
     ]
     return pb_utils.InferenceResponse(tensors)

@@ -155,6 +155,7 @@ def test_what_was_retained_is_written_as_a_picture(bundle: Path, picture: Path, 
     done = chat(*arguments, tmp_path / "none.png", "--variant", "dense", code=1)
     assert "nothing is marked" in done.stderr
     assert not (tmp_path / "none.png").exists()
+    assert "ends with .png" in chat(*arguments, tmp_path / "out.jpg", code=2).stderr
 
 
 def test_verbose_adds_a_table(bundle: Path, picture: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 import shutil
 import sqlite3
 import stat
@@ -19,7 +21,9 @@ from typer.testing import CliRunner, Result
 from svcli.app import app
 from svcli.chat.pictures import Picture
 from svcli.chat.reader import is_open_block, label
+from svcli.chat.record import LineLog
 from svcli_engines.generate import Conversation, Piece
+from svcli_export.manifest import load_manifest
 
 QUESTION = "what is this?"
 
@@ -227,9 +231,13 @@ def test_a_damaged_conversation_changes_nothing(bundle: Path, picture: Path, tmp
         saved.write_text(json.dumps(content | damage))
         words = "no such file" if "waiting" in damage else "damaged"
         refused(bundle, lines=f"/load {saved}\n", words=words)
-    content["messages"][-1]["ids"] = [10**9]
-    saved.write_text(json.dumps(content))
-    refused(bundle, lines=f"/load {saved}\n", words="ids that the model does not have")
+    picture_id = load_manifest(bundle).chat.image_id
+    for ids in ([10**9], ["x"], [picture_id]):
+        content["messages"][-1]["ids"] = ids
+        saved.write_text(json.dumps(content))
+        refused(bundle, lines=f"/load {saved}\n", words="ids that no answer has")
+    saved.write_text("[" * 100_000)
+    refused(bundle, lines=f"/load {saved}\n", words="no conversation")
 
 
 def test_a_picture_from_stdin_is_saved_as_it_is() -> None:
@@ -367,9 +375,42 @@ def test_bytes_that_are_no_text_are_asked_as_such(
     assert [json.loads(line)["question"] for line in log.read_text().splitlines()] == ["日本 \N{HAMBURGER}? \ufffd"] * 2
 
 
-def test_a_log_on_a_full_disk_is_named(command: list[str], bundle: Path, picture: Path, tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    log.symlink_to("/dev/full")
-    arguments = ["chat", str(picture), "what is this?", "--model", str(bundle), "--log", str(log)]
+@pytest.mark.parametrize(("option", "name"), [("--log", "log.jsonl"), ("--save-overlay", "out.png")])
+def test_a_file_on_a_full_disk_is_named(
+    command: list[str], bundle: Path, picture: Path, tmp_path: Path, option: str, name: str
+) -> None:
+    path = tmp_path / name
+    path.symlink_to("/dev/full")
+    arguments = ["chat", str(picture), "what is this?", "--quiet", "--model", str(bundle), option, str(path)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (3, f"Error: {log}: No space left on device\n")
+    assert (done.returncode, done.stderr) == (3, f"Error: {path}: No space left on device\n")
+
+
+def test_a_line_that_a_full_disk_tore_is_told_and_does_not_take_the_next_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, write = tmp_path / "log.jsonl", os.write
+
+    def fills_up(file: int, data: bytes) -> int:
+        if os.fstat(file).st_size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data[:20])
+
+    kept = LineLog(log)
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", fills_up)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            kept.turn({"question": "first"})
+    assert caught.value.filename == str(log)
+    kept.turn({"question": "second"})
+    torn, whole = log.read_text().splitlines()
+    assert len(torn) == 20
+    assert json.loads(whole)["question"] == "second"
+
+
+def test_a_stdin_that_is_closed_has_nothing(command: list[str], bundle: Path, picture: Path) -> None:
+    for words, told in (([str(picture)], "no question"), (["-", QUESTION], "nothing came on standard input")):
+        arguments = shlex.join([*command, "chat", *words, "--model", str(bundle)])
+        done = subprocess.run(["sh", "-c", f"{arguments} <&-"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert told in done.stderr

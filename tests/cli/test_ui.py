@@ -6,6 +6,7 @@ import io
 import sys
 
 import pytest
+from rich.console import Console
 
 from svcli import ui
 from svcli.chat.view import ChatView
@@ -24,6 +25,19 @@ def test_the_closing_line_breaks_between_parts_only(width: int) -> None:
     assert " · ".join(lines) == " · ".join(PARTS)
     assert all(len(line) <= width for line in lines)
     assert len(lines) == {20: 6, 40: 3, 80: 2, 200: 1}[width]
+
+
+@pytest.mark.parametrize(("width", "lines"), [(20, ["title", "/a name", "  a purpose of some", "  words"]), (60, None)])
+def test_names_that_take_most_of_the_width_stand_above(width: int, lines: list[str] | None) -> None:
+    screen = io.StringIO()
+    ui.pairs(
+        "title", [("/a name", "a purpose of some words"), ("/b and a longer", "two")], Console(file=screen, width=width)
+    )
+    said = [line.rstrip() for line in screen.getvalue().splitlines()]
+    if lines:
+        assert said == [*lines, "/b and a longer", "  two", ""]
+    else:
+        assert "/a name          a purpose of some words" in said
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:

@@ -42,6 +42,24 @@ def test_cuda_that_cannot_start_is_refused(tmp_path: Path, monkeypatch: pytest.M
         open_session(path, provider="cuda")
 
 
+def test_onnx_runtime_tells_its_makers_nothing(tmp_path: Path) -> None:
+    """1.29 and newer keep a number of the machine and send what is run, unless they are told not to."""
+    save(tmp_path / "good.onnx", "Relu", 23)
+    kept = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "XDG_CACHE_HOME", "PYTEST_CURRENT_TEST")
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key not in kept}
+    environment |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    opened = "from svcli_export.runtime import open_session; open_session(Path('good.onnx'))"
+    for line in (opened, "import svcli_engines.onnx_engine", "import svcli_export.verify"):
+        code = f"from pathlib import Path; {line}"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert list(home.rglob("*")) == []
+
+
 _FREED = """
 import ctypes, re, sys
 from pathlib import Path

@@ -40,11 +40,11 @@ class ChatCompleter(Completer):
         is_first = " " not in rest
         session = self._session()
         if command == "/image" and is_first:
-            yield IMAGE_WORDS
+            yield (f"{word} " if word in ("add", "rm") else word for word in IMAGE_WORDS)
         elif command == "/image" and rest.startswith(("rm ", "show ")) and session is not None:
             yield (str(number) for number in range(1, len(session.pictures) + 1))
         elif command == "/set" and is_first:
-            yield SETTINGS
+            yield (f"{name} " for name in SETTINGS)
         elif command == "/clear" and is_first:
             yield ("all",)
         elif command == "/skip" and is_first:
