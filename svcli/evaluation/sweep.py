@@ -81,7 +81,7 @@ def points(report: Report, manifest: Manifest, first_tokens: dict[str, float]) -
 
 
 def front(found: Sequence[Point]) -> tuple[Point, ...]:
-    """Those that no other beats: none scores as much with fewer FLOPs. `found` as `points` gives them."""
+    """Those that no other beats: none scores as much for less. `found`: the cheapest first, as of `points`."""
     best, kept = float("-inf"), []
     for point in found:
         if point.figure > best:
