@@ -39,7 +39,9 @@ _HEAD = (
 _RULES = (
     "A verdict is a rule over our figures, in `benchmarks/claims.py`, and holds for what was measured: small models on"
     " a CPU. It says nothing of the paper's own runs, on models of billions of weights and GPUs. One setting counts as"
-    " not below another if its mean is within one standard deviation over seeds, and as above if it is so by more."
+    " not below another if its mean is lower by at most one standard deviation of the other's seeds, and as above if it"
+    " is higher by more than one of either's: a rule of thumb, for so few seeds allow no"
+    " test. All variants of a seed see the same batches, so that differences seed by seed tell more."
 )
 
 

@@ -112,8 +112,8 @@ def draw_losses(path: Path, history: History, title: str) -> None:
 
 
 def draw_sweep(path: Path, points: Sequence[Point], chosen: str, title: str, metric: str) -> None:
-    """Figures of a task against visual tokens, FLOPs and time to first token, with their intervals and the front, in
-    one move. Raises OSError where that fails, ModuleNotFoundError without matplotlib."""
+    """Figures of a task against visual tokens, FLOPs and time to first token, with their intervals and the front
+    of each, in one move. Raises OSError where that fails, ModuleNotFoundError without matplotlib."""
     from svcli.evaluation.sweep import front
 
     costs: list[tuple[str, Callable[[Point], float | None]]] = [
@@ -123,10 +123,16 @@ def draw_sweep(path: Path, points: Sequence[Point], chosen: str, title: str, met
     ]
     shown = [(label, cost) for label, cost in costs if all(cost(point) is not None for point in points)]
     figure = _new_figure()
-    best = {point.setting for point in front(points)}
     for panel, (label, cost) in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
-        ordered = sorted((cost(point) or 0.0, point.figure) for point in points if point.setting in best)
-        panel.plot(*zip(*ordered, strict=True), color="#999999", linewidth=1, label="the front", zorder=0)
+        best = front(sorted(points, key=lambda point: (cost(point) or 0.0, -point.figure)))
+        panel.plot(
+            [cost(point) or 0.0 for point in best],
+            [point.figure for point in best],
+            color="#999999",
+            linewidth=1,
+            label="the front",
+            zorder=0,
+        )
         for number, point in enumerate(points):
             around = point.interval
             errors = None if around is None else [[point.figure - around.low], [around.high - point.figure]]

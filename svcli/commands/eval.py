@@ -191,7 +191,8 @@ def _render(report: Report, out: Path) -> None:
     for sentence in report.sentences():
         ui.show(sentence)
     if methods := sorted({each.interval.method for each in report.answers if each.interval is not None}):
-        beside = "; of differences, on the same items, by bootstrap over pictures" if report.to_own else ""
+        paired = sorted({each.method for each in report.to_own.values() if each is not None})
+        beside = f"; of differences, on the same items, {' and '.join(paired)}" if paired else ""
         ui.show(f"Intervals: 95 %, {' and '.join(methods)}{beside}.")
     ui.show(f"Results: {out}")
 

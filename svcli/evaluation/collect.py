@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from svcli.chat.model import DENSE, SKIPPED
 from svcli.evaluation.askers import BASELINES
 from svcli.evaluation.report import Report
 from svcli.evaluation.results import Header, Line, ResultsError, difference, read
@@ -15,6 +16,8 @@ from svcli.evaluation.task import Exports
 from svcli.evaluation.tasks.registry import TASKS
 
 SUMMARY = "summary.json"
+_ORDER = (SKIPPED, DENSE, "", *(name for name in BASELINES if name != DENSE))
+"""Of askers; the gap is for variants."""
 
 
 def results_path(folder: Path, asker: str, shard: Shard) -> Path:
@@ -27,7 +30,7 @@ def check_neighbours(folder: Path, header: Header, own: Collection[Path]) -> Non
     """Raises ResultsError where files of the folder beside one's `own` are of another run."""
     for path, other, _ in _read(folder, own):
         if other.run != header.run:
-            raise ResultsError(f"{path}: {difference(other.run, header.run)}; choose another --out, or remove it")
+            raise ResultsError(f"{path}: {difference(other.run, header.run)}; choose another folder, or remove it")
 
 
 def collect(folder: Path) -> Report:
@@ -44,8 +47,7 @@ def collect(folder: Path) -> Report:
     for _, each, lines in found:
         # Shards of different counts overlap.
         answers.setdefault(each.asker, {}).update((line.item.id, line) for line in lines)
-    kinds = [name.partition(":")[0] for name in BASELINES]
-    order = sorted(answers, key=lambda name: (_place(name, kinds), name))
+    order = sorted(answers, key=lambda name: (_place(name), name))
     by_asker = {name: list(answers[name].values()) for name in order}
     return Report.of(TASKS[header.task], header.split, by_asker, header.num_all)
 
@@ -73,9 +75,10 @@ def export_answers(report: Report, path: Path) -> None:
     report.task.export_answers([line.judged for line in report.answers[0].lines], path)
 
 
-def _place(name: str, kinds: list[str]) -> int:
+def _place(name: str) -> int:
+    """The bundle as it is goes first, and other settings of it before what is left of pictures otherwise."""
     kind = name.partition(":")[0]
-    return kinds.index(kind) + 1 if kind in kinds else 0
+    return _ORDER.index(kind) if kind in _ORDER else _ORDER.index("")
 
 
 def _read(folder: Path, but: Collection[Path] = ()) -> list[tuple[Path, Header, list[Line]]]:

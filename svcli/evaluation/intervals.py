@@ -15,6 +15,8 @@ from svcli.evaluation.results import Line
 from svcli.evaluation.task import Judged, Task
 
 RESAMPLES = 1000
+LEAST_DIFFERING = 6
+"""Pictures: of five, all to the same side by chance is no rarer than 6 % (2 of 2**5)."""
 _Z = 1.959964
 _TRIED = 4
 """Resamples by which a figure that is a mean is told from one that is not."""
@@ -76,12 +78,27 @@ class Sample:
         return Interval(self.value, low, high, "bootstrap over pictures")
 
     def over(self, other: Sample) -> Interval | None:
-        """How much this is above `other`, which answered the same items; None of one picture."""
+        """How much this is above `other`, which answered the same items; None where it cannot be told: of one picture,
+        or where all draws of a figure that is no mean agree.
+
+        It includes zero where fewer than LEAST_DIFFERING pictures were answered otherwise.
+        """
         assert self.ids == other.ids
-        if self.num_pictures < 2:
+        draws, value = self.draws - other.draws, self.value - other.value
+        method: Method = "bootstrap over pictures"
+        agree = bool(np.ptp(draws) < 1e-9)
+        if self.num_pictures < 2 or (agree and self._scale is None):
             return None
-        low, high = np.percentile(self.draws - other.draws, (2.5, 97.5)).tolist()
-        return Interval(self.value - other.value, low, high, "bootstrap over pictures")
+        if agree and self._scale is not None:
+            # Nothing to draw from. Of other pictures, as many as Wilson allows may differ by all there is, either way.
+            others = _Z**2 / (self.num_pictures + _Z**2)
+            low, high = ((1 - others) * value + side * others * self._scale for side in (-1, 1))
+            low, high, method = max(low, -self._scale), min(high, self._scale), "Wilson"
+        else:
+            low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+        if len(np.unique(self._clusters[self._scores != other._scores])) < LEAST_DIFFERING:
+            low, high = min(low, 0.0), max(high, 0.0)
+        return Interval(value, low, high, method)
 
     @cached_property
     def draws(self) -> Floats:
@@ -100,6 +117,10 @@ class Sample:
     @cached_property
     def _scale(self) -> float | None:
         """1 or 100 where the figure is the mean of the scores in that unit, and else None."""
+        if not self._scores.any():
+            # Nothing is nothing in every unit; what all right would be tells.
+            figure = self._task.summary([replace(each, score=1.0) for each in self._judged])[self._task.metric]
+            return next((scale for scale in (1.0, 100.0) if abs(scale - figure) < 1e-6), None)
         generator = np.random.default_rng(1)
         weights = [np.ones(self.num_pictures, np.int64), *(self._draw(generator) for _ in range(_TRIED))]
         means = [float(np.average(self._scores, weights=each[self._clusters])) for each in weights]

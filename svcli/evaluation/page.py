@@ -20,6 +20,9 @@ from PIL import Image
 from skipvision.layout import Ints, picture_spans
 from skipvision.pictures import ImageError, open_image
 from skipvision.tiles import cut_picture
+from svcli.chat.model import DENSE
+from svcli.evaluation.asker import Said
+from svcli.evaluation.askers import BLIND
 from svcli.evaluation.report import Report, figure
 from svcli.evaluation.results import Line
 from svcli.evaluation.run import Work
@@ -54,6 +57,8 @@ class _Answer:
     said: str
     read: str
     """Empty where it is what was said."""
+    shown: str
+    """What it was shown of the pictures, where that is not to be marked in them."""
     pictures: Sequence[_Picture]
     """With what was retained of them; none where nothing was left out."""
 
@@ -104,6 +109,7 @@ def write_page(path: Path, report: Report, folder: Path, bundle: Path | None) ->
         num_wrong=sum(_is_wrong(lines) for lines in answered.values()),
         not_shown=len(cards) < sum(_is_wrong(lines) for lines in answered.values()),
         remark=painter.remark,
+        is_marked=any(answer.pictures for card in cards for answer in card.answers),
         askers=[_facts(report, number) for number in range(len(report.answers))],
         sentences=report.sentences(),
     )
@@ -205,10 +211,21 @@ def _items(report: Report, folder: Path, chosen: frozenset[str]) -> Iterator[tup
 
 def _answer(name: str, line: Line, pictures: Sequence[_Picture]) -> _Answer:
     if line.said is None:
-        return _Answer(name, False, "could not be asked", _cut(line.error), "", ())
+        return _Answer(name, False, "could not be asked", _cut(line.error), "", "", ())
     said, read = line.said.text, "" if line.answer == line.said.text.strip() else line.answer
     verdict = "right" if line.score >= 1 else "wrong" if line.score <= 0 else f"score {line.score:.2f}"
-    return _Answer(name, line.score >= 1, verdict, _cut(said) or "(nothing)", _cut(read), pictures)
+    shown = _shown(name, line.said) if not pictures else ""
+    return _Answer(name, line.score >= 1, verdict, _cut(said) or "(nothing)", _cut(read), shown, pictures)
+
+
+def _shown(name: str, said: Said) -> str:
+    """In a few words; empty where that is not known."""
+    kind, _, count = name.partition(":")
+    if kind == BLIND:
+        return "no picture"
+    if kind == "pool":
+        return f"{count} means of neighbours"
+    return "all of the picture" if name == DENSE and said.visual_tokens else ""
 
 
 def _facts(report: Report, number: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from svcli.evaluation.results import Line
 from svcli.evaluation.task import Exports, Task, is_scored
 
 _GROUP = "group: "
+_FEW_PICTURES = 30
+"""With fewer, drawing them misses the truth clearly more often than one time in twenty."""
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,29 @@ class Report:
                     f"{pair}: no difference is shown in {metric}"
                     f" ({figure(difference.low)} to {figure(difference.high)})."
                 )
+        found += [*self.few(), *self.failed()]
         for each in self.answers:
-            if each.num_failed:
-                found.append(
-                    f"{each.name}: {each.num_failed} of {len(each.lines)} could not be asked, and count as wrong."
-                )
             if len(each.lines) < each.num_items:
                 found.append(f"{each.name}: {len(each.lines)} of {each.num_items} items are answered so far.")
         return found
+
+    def few(self) -> list[str]:
+        """What must be known of intervals around so few pictures."""
+        drawn = [each for each in (*self.to_own.values(), *(one.interval for one in self.answers)) if each is not None]
+        if all(each.method == "Wilson" for each in drawn):
+            return []
+        count = min(each.sample.num_pictures for each in self.answers)
+        if count >= _FEW_PICTURES:
+            return []
+        return [f"Of {count} pictures alone, drawing them tells too narrow intervals: ask about hundreds."]
+
+    def failed(self) -> list[str]:
+        """Who could not be asked everything."""
+        return [
+            f"{each.name}: {each.num_failed} of {len(each.lines)} could not be asked, and count as wrong."
+            for each in self.answers
+            if each.num_failed
+        ]
 
     def told(self) -> dict[str, Any]:
         """For programs."""

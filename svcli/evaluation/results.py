@@ -105,7 +105,9 @@ class Results:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ResultsError(f"{path}: another svcli eval is writing it; wait, or choose another --out") from None
+                raise ResultsError(
+                    f"{path}: another svcli eval is writing it; wait, or choose another folder"
+                ) from None
             if overwrite:
                 os.truncate(path, 0)
             self.lines = self._begin()
@@ -123,7 +125,7 @@ class Results:
             return []
         found, lines = _parse(self.path, whole)
         if found != self.header:
-            raise ResultsError(f"{self.path}: {difference(found, self.header)}; choose another --out, or --overwrite")
+            raise ResultsError(f"{self.path}: {difference(found, self.header)}; choose another folder, or --overwrite")
         os.truncate(self.path, sum(map(len, whole)))
         return lines
 
@@ -190,10 +192,10 @@ def _parse(path: Path, whole: Sequence[bytes]) -> tuple[Header, list[Line]]:
     try:
         told = json.loads(whole[0])
         if told.pop("svcli eval") != FORMAT:
-            raise ResultsError(f"{path}: written by another version of svcli; choose another --out, or --overwrite")
+            raise ResultsError(f"{path}: written by another version of svcli; choose another folder, or --overwrite")
         header = Header(**told)
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
-        raise ResultsError(f"{path}: no file of svcli eval; choose another --out, or --overwrite") from None
+        raise ResultsError(f"{path}: no file of svcli eval; choose another folder, or --overwrite") from None
     return header, [_line(path, number, line) for number, line in enumerate(whole[1:], start=2)]
 
 

@@ -81,7 +81,7 @@ def points(report: Report, manifest: Manifest, first_tokens: dict[str, float]) -
 
 
 def front(found: Sequence[Point]) -> tuple[Point, ...]:
-    """Those that no other beats: none scores as much with fewer FLOPs. `found` as `points` gives them."""
+    """Those that no other beats: none scores as much for less. `found`: the cheapest first, as of `points`."""
     best, kept = float("-inf"), []
     for point in found:
         if point.figure > best:
@@ -144,15 +144,12 @@ def first_tokens(
 
 def remarks(found: Sequence[Point], report: Report) -> list[str]:
     """What must be known beside: items that could not be asked, and whether the task needs pictures at all."""
-    failed = [each for each in report.answers if each.num_failed]
-    said = [
-        f"{each.name}: {each.num_failed} of {len(each.lines)} could not be asked, and count as wrong."
-        for each in failed
-    ]
+    said = [*report.few(), *report.failed()]
     blind = next((each for each in report.answers if each.name == BLIND), None)
     if blind is not None:
         best = max(point.figure for point in found)
-        said.append(f"Without a picture: {blind.sample.value:.4g}, with it at best {best:.4g}.")
+        useless = "" if best > blind.sample.value else ": these items do not need one, and tell nothing of settings"
+        said.append(f"Without a picture: {blind.sample.value:.4g}, with it at best {best:.4g}{useless}.")
     if not all(point.is_trained for point in found):
         said.append("Settings that the weights were not trained with score less than they could.")
     return said

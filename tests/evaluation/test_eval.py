@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from skipvision.data.packages import EASY_VQA
 from skipvision.data.questions import Question, is_right
 from svcli.app import app
+from svcli.evaluation.collect import collect
 from svcli.evaluation.results import numbers, ranges
 from svcli.evaluation.run import Shard, Work
 from svcli.evaluation.task import Task
@@ -104,6 +105,17 @@ def test_answers_are_those_of_chat_and_are_judged_by_the_suites_own_rules(whole:
         assert each["score"] == is_right(question, each["text"])
         assert len(numbers(each["retained"][0])) == 96
     assert {each["score"] for each in found} == {0.0, 1.0}, "items that cannot tell right from wrong"
+
+
+def test_the_bundle_as_it_is_goes_first_and_all_are_held_against_it(whole: Path, tmp_path: Path) -> None:
+    header, *rest = (whole / "skipped.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    names = ("blind", "24-40", "random:4", "skipped", "pool:4", "dense")
+    for number, name in enumerate(names):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join([json.dumps(json.loads(header) | {"asker": name}) + "\n", *rest]), encoding="utf-8")
+    report = collect(tmp_path)
+    assert [each.name for each in report.answers] == ["skipped", "dense", "24-40", "random:4", "pool:4", "blind"]
+    assert list(report.to_own) == ["dense", "24-40", "random:4", "pool:4", "blind"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -127,6 +127,52 @@ def test_differences_are_paired_and_told_only_where_the_interval_allows() -> Non
     assert same_again.sentences()[0].startswith("skipped and dense: no difference is shown in accuracy (")
 
 
+def test_nothing_right_is_told_in_the_unit_of_the_figure() -> None:
+    class Percent(Shares):
+        def summary(self, judged: Sequence[Judged]) -> dict[str, float]:
+            return {self.metric: 100 * sum(each.score for each in judged) / len(judged)}
+
+    class Points(Shares):
+        def summary(self, judged: Sequence[Judged]) -> dict[str, float]:
+            return {self.metric: sum(each.score for each in judged)}
+
+    found = Sample(Percent(), lines([0] * 10)).interval()
+    assert found is not None
+    assert found.high == pytest.approx(27.75328, abs=1e-3)  # Wilson's, of ten
+    assert Sample(Points(), lines([0] * 10)).interval() is None
+
+
+def test_the_same_answers_everywhere_leave_open_what_others_would_be() -> None:
+    answers = [1, 0, 1, 1] * 10
+    found = Sample(Shares(), lines(answers)).over(Sample(Shares(), lines(answers)))
+    assert found is not None
+    assert (found.value, found.method) == (0, "Wilson")
+    reach = 1.96**2 / (40 + 1.96**2)  # the most that none of 40 allows
+    assert (found.low, found.high) == pytest.approx((-reach, reach), abs=1e-4)
+    all_of_it = Sample(Shares(), lines([1] * 40)).over(Sample(Shares(), lines([0] * 40)))
+    assert all_of_it is not None
+    assert (all_of_it.value, all_of_it.high) == (1, 1)
+    assert all_of_it.low == pytest.approx(1 - 2 * reach, abs=1e-4)
+
+
+@pytest.mark.parametrize(("differing", "is_shown"), [(5, False), (6, True)])
+def test_a_handful_of_pictures_shows_no_difference(differing: int, is_shown: bool) -> None:
+    """Of five coins, all fall to one side once in sixteen times, by chance; of six, once in thirty-two."""
+    found = Sample(Shares(), lines([1] * 300)).over(Sample(Shares(), lines([0] * differing + [1] * (300 - differing))))
+    assert found is not None
+    assert found.excludes_zero is is_shown
+
+
+def test_too_few_pictures_to_draw_from_are_said() -> None:
+    def told(pictures: int) -> list[str]:
+        scores = {"skipped": lines([1, 1, 0] * pictures, 3), "dense": lines([1, 0, 0] * pictures, 3)}
+        scores["dense"][0] = lines([0])[0]
+        return [each for each in Report.of(Shares(), "test", scores, 3 * pictures).sentences() if "too narrow" in each]
+
+    assert told(29) == ["Of 29 pictures alone, drawing them tells too narrow intervals: ask about hundreds."]
+    assert not told(30)
+
+
 def test_what_both_answered_is_compared() -> None:
     by_asker = {"skipped": lines([1] * 10 + [0] * 10), "dense": lines([1] * 10)}
     report = Report.of(Shares(), "test", by_asker, 20)

@@ -91,6 +91,7 @@ def test_every_wrong_answer_is_there_and_what_was_retained_is_marked(results: Pa
     images = [attributes for tag, attributes in Parts(text).tags if tag == "img"]
     assert [each["alt"] for each in images] == ["picture 1", "what skipped retained"] * len(wrong)
     assert images[0]["src"] != images[1]["src"]
+    assert "Behind a veil" in text
 
 
 def test_it_loads_nothing_and_what_it_shows_is_text(written: Path) -> None:
@@ -120,6 +121,17 @@ def test_it_is_bounded(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.count("<img") == 2
 
 
+def test_what_is_not_marked_is_said(tmp_path: Path) -> None:
+    evaluate("bundled", "--split", "shapes", "--limit", 2, "--out", tmp_path, "--html", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    cards = text.count("<article")
+    assert cards > 0
+    for shown in ("no picture", "81 means of neighbours", "all of the picture"):
+        assert text.count(f"shown: {shown}<") == cards
+    assert text.count("shown: ") == 3 * cards, "the bundle and random:98 are marked"
+    assert text.count('alt="what random:98 retained"') == text.count('alt="what skipped retained"') == cards
+
+
 def test_without_the_bundle_nothing_is_marked_and_that_is_said(results: Path, tmp_path: Path) -> None:
     shutil.copytree(results, tmp_path / "moved")
     for path in (tmp_path / "moved").glob("*.jsonl"):
@@ -131,6 +143,7 @@ def test_without_the_bundle_nothing_is_marked_and_that_is_said(results: Path, tm
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "nothing is marked" in text
     assert "what skipped retained" not in text
+    assert "Behind a veil" not in text
 
 
 def test_a_browser_filters_it_and_obeys_its_policy(results: Path, written: Path, browser: Chrome) -> None:

@@ -10,16 +10,22 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from svcli.app import app
 from svcli.engines import EngineName
+from svcli.evaluation.asker import Said
 from svcli.evaluation.askers import BundleAsker
 from svcli.evaluation.intervals import Interval
+from svcli.evaluation.report import Report
+from svcli.evaluation.results import Line
 from svcli.evaluation.run import Work
-from svcli.evaluation.sweep import Point, choose, first_tokens, front
+from svcli.evaluation.sweep import Point, choose, first_tokens, front, remarks
+from svcli.evaluation.task import Item
 from svcli.evaluation.tasks.registry import TASKS
+from svcli.plots import draw_sweep
 from svcli_export.manifest import load_manifest
 from tests.export.tiny import tiny_checkpoint
 
@@ -65,6 +71,36 @@ def test_what_few_items_leave_open_is_said() -> None:
     assert "leave open" not in choose((point("32/8", 99.5, 3.0, low=-0.9), found[1]), 0.01, "accuracy").reason
     untrained = replace(found[0], is_trained=False)
     assert "the model was not trained with it" in choose((untrained, found[1]), 0.01, "accuracy").reason
+
+
+@pytest.mark.parametrize(("right", "is_useless"), [(2, True), (3, False)])
+def test_a_task_that_needs_no_picture_is_said_to_tell_nothing(right: int, is_useless: bool) -> None:
+    said = Said("", 1, 1, 1, 1.0, ())
+
+    def lines(count: int) -> list[Line]:
+        items = [Item(str(number), "?", (), None, "colour") for number in range(4)]
+        return [Line(item, item.id, said, "", float(number < count)) for number, item in enumerate(items)]
+
+    report = Report.of(TASKS["bundled"], "shapes", {"skipped": lines(right), "blind": lines(2)}, 4)
+    told = remarks((point("8/4", 25.0 * right, 1.0),), report)
+    assert any("tell nothing of settings" in each for each in told) is is_useless
+
+
+def test_each_panel_of_the_plot_has_the_front_of_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has more FLOPs, and is quicker and better, beats the rest on the clock alone."""
+    drawn = []
+    plot = Axes.plot
+
+    def noted(self: Axes, costs: Sequence[float], figures: Sequence[float], **style: object) -> object:
+        drawn.append((tuple(costs), tuple(figures)))
+        return plot(self, costs, figures, **style)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    slow, quick = (
+        replace(point(*each), first_token=time) for each, time in ((("8/4", 1, 1e9), 2), (("off", 2, 2e9), 1))
+    )
+    draw_sweep(tmp_path / "plot.png", (slow, quick), "8/4", "title", "accuracy")
+    assert drawn[1:] == [((1.0, 2.0), (1, 2)), ((1000.0,), (2,))]
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=12))
