@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, Literal
 
 from benchmarks.blocks import NotMeasuredError, result, seconds, table
@@ -18,6 +18,8 @@ SETTINGS = ("sv-llava-100", "sv-llava-256", "sv-llava-hd", "sv-cos-272")
 """Those that the paper prints costs of."""
 NEAR = 0.9
 """A share of the printed saving that still counts as the saving."""
+POINT = 0.01
+"""Of accuracy, that still counts as kept: the paper's SV-LLaVA 100/156 has 0.7 points less than LLaVA on average."""
 LEAST_TRAINING, LEAST_LATENCY = 0.22, 0.18
 """The smallest savings that are claimed."""
 _HOST = "llava-llama-3-8b"
@@ -179,14 +181,13 @@ def _by_seed(name: str, other: str) -> str:
 
 
 def not_below(row: Any, other: Any) -> bool:
-    """Whether the mean over seeds is no further below than one standard deviation of the other's."""
-    return mean(_right(row)) >= mean(_right(other)) - stdev(_right(other))
+    """Whether the mean over seeds is lower by a point at most."""
+    return mean(_right(row)) >= mean(_right(other)) - POINT
 
 
 def above(row: Any, other: Any) -> bool:
-    """Whether the mean over seeds is above by more than one standard deviation of either."""
-    values = _right(row), _right(other)
-    return mean(values[0]) - mean(values[1]) > max(map(stdev, values))
+    """Whether the mean over seeds is higher by more than a point."""
+    return mean(_right(row)) > mean(_right(other)) + POINT
 
 
 def _accuracy() -> Finding:

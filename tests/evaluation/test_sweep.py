@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -91,7 +92,7 @@ def test_each_panel_of_the_plot_has_the_front_of_its_cost(tmp_path: Path, monkey
     drawn = []
     plot = Axes.plot
 
-    def noted(self: Axes, costs: Sequence[float], figures: Sequence[float], **style: object) -> object:
+    def noted(self: Axes, costs: Sequence[float], figures: Sequence[float], **style: Any) -> Any:
         drawn.append((tuple(costs), tuple(figures)))
         return plot(self, costs, figures, **style)
 
