@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_sentence(command: list[str], bundle: Path, picture: 
             env=environment(),
             check=False,
         )
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stderr == b"Error: No space left on device\n"
 
 
