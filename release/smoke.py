@@ -109,6 +109,27 @@ def serve(place: Place) -> str:
     return "starts, is healthy, answers, and ends after SIGTERM"
 
 
+def evaluation(place: Place) -> str:
+    """A task that is read from Parquet, of the example picture."""
+    code = (
+        "import pyarrow as pa, pyarrow.parquet as pq, pathlib;"
+        f" data = pathlib.Path({PICTURE!r}).read_bytes(); pathlib.Path('pope').mkdir(exist_ok=True);"
+        " row = dict(id='0', question_id='1', question='Is there a hamburger in the image?', answer='yes',"
+        " image_source='examples', image=dict(bytes=data, path=None), category='adversarial');"
+        " pq.write_table(pa.Table.from_pylist([row]), 'pope/test-00000-of-00001.parquet')"
+    )
+    place.python(code)
+    told = json.loads(place.run("svcli", "eval", "pope", "--data", "pope", "--only", "skipped", "--json", "--quiet"))
+    expect(told["askers"]["skipped"]["answered"] == 1, f"not answered: {told}")
+    return "a question is read from Parquet, asked and judged"
+
+
+def ray(place: Place) -> str:
+    """The application, without a cluster: what one does is tried by tests/server/test_ray.py."""
+    place.python("from svcli.server.ray_serve import app; app({'replicas': '2', 'threads': '1'})")
+    return "the application for Ray Serve is made; no replica was started"
+
+
 def plots(place: Place) -> str:
     bundled = place.python("from svcli.settings import bundled_model as b; print(b())").strip()
     place.run("svcli", "profile", bundled, PICTURE, "-o", "figures")
@@ -157,6 +178,8 @@ EXTRAS: dict[str, tuple[str, Callable[[Place], str]]] = {
     "cpu": ("cpu", cpu),
     "torch": ("cpu,torch", torch),
     "serve": ("cpu,serve", serve),
+    "eval": ("cpu,eval", evaluation),
+    "ray": ("cpu,serve,ray", ray),
     "rtx": ("cpu,rtx", rtx),
     "trt": ("cpu,trt", trt),
     "train": ("cpu,torch,train", train),
