@@ -288,13 +288,15 @@ def test_streams_of_chance_go_on_behind_what_was_told(cluster: Cluster) -> None:
     cluster.wait_until(cluster.is_whole)
     pattern = "asking again, behind [1-9]"
     num_repeats = len(cluster.said(pattern))
-    answers = Callers(cluster.url).ask(
-        many(**LONG), lambda: os.kill(max(cluster.replicas()), signal.SIGKILL), after=300
-    )
-    assert {num_tokens for _, num_tokens in answers} == {80}
-    assert len({text for text, _ in answers}) == NUM_LET_IN
-    cluster.wait_until(lambda: len(cluster.said(pattern)) > num_repeats)
-    cluster.wait_until(cluster.is_whole)
+    for _ in range(5):  # the one that is killed may just have answered all that it had
+        victim = max(cluster.replicas())
+        answers = Callers(cluster.url).ask(many(**LONG), partial(os.kill, victim, signal.SIGKILL), after=300)
+        assert {num_tokens for _, num_tokens in answers} == {80}
+        assert len({text for text, _ in answers}) == NUM_LET_IN
+        cluster.wait_until(cluster.is_whole)
+        if len(cluster.said(pattern)) > num_repeats:
+            return
+    pytest.fail("no replica ever had begun a stream when it was killed")
 
 
 @pytest.mark.slow
