@@ -83,8 +83,6 @@ class Script:
     needs: tuple[Need, ...] = ()
     arguments: tuple[str, ...] = ()
     """`{checkpoint}` and the like stand for options."""
-    results: str = ""
-    """File of the results, if it has another name."""
 
     def command(self, options: argparse.Namespace) -> list[str]:
         """What runs it."""
@@ -94,7 +92,7 @@ class Script:
     @property
     def path(self) -> Path:
         """Of its results."""
-        return RESULTS / (self.results or f"{self.name}.json")
+        return RESULTS / f"{self.name}.json"
 
 
 SCRIPTS = (
@@ -109,7 +107,7 @@ SCRIPTS = (
         "accuracy",
         40,
         (ASSETS, CHECKPOINT),
-        (_BUNDLE, "--assets", "{assets}", "--selection", "{checkpoint}"),
+        (_BUNDLE, "--assets", "{assets}", "--selection", "{checkpoint}", "--overwrite"),
     ),
     Script("loading", 10, (), ("build/llava-7b",)),
     Script("export_size", 60, (), ("build/export",)),

@@ -10,16 +10,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 from typer.testing import CliRunner
 
 from svcli.app import app
 from svcli.evaluation import page
-from tests.optional import missing
+from tests.browsers import chromium
 
-FLAGS = ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-sync")
 EVIL = """</q></script><script>document.title = "evil"</script><img src="https://example.com/x.png" onerror="x()">'"&"""
 
 
@@ -60,19 +59,8 @@ def written(results: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        missing("chromium")
-    options = ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = Chrome(options, ChromeService(driver))
-    try:
+    with chromium(tmp_path_factory.mktemp("chromium")) as started:
         yield started
-    finally:
-        started.quit()
 
 
 def items(out: Path) -> dict[str, dict[str, float]]:

@@ -5,35 +5,21 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from tests.optional import missing
+from tests.browsers import chromium
 from tests.server.conftest import NAME, Opener, Process, serving
 from tests.server.test_serve import MODEL, PICTURE, wait_until
 
 KINDS = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
-FLAGS = (
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "no-first-run",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-    "disable-dev-shm-usage",
-    # Names are not even looked up.
-    "host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-)
 QUESTION = "How many hamburgers are there?"
 FILE = """
 const [name, kind, data] = arguments;
@@ -146,21 +132,10 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        missing("chromium")
-    options = ChromeOptions()
-    options.binary_location = browser
-    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = Chrome(options, ChromeService(driver))
-    try:
+@pytest.fixture(scope="module", name="chromium")
+def chromium_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as started:
         yield started
-    finally:
-        started.quit()
 
 
 @pytest.fixture
