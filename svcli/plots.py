@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svcli import ui
 from svcli.errors import UsageError
+from svcli.files import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +69,7 @@ def draw(folder: Path, spread: Spread, num_pictures: int, model: str) -> list[Pa
         figure.suptitle(title, parse_math=False, fontsize="medium")
         image = io.BytesIO()
         figure.savefig(image, format="png")
-        _write(folder / name, image.getvalue())
+        write(folder / name, image.getvalue())
         paths.append(folder / name)
     return paths
 
@@ -108,7 +107,7 @@ def draw_losses(path: Path, history: History, title: str) -> None:
     figure.suptitle(_in_font(title), parse_math=False, fontsize="medium")
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    _write(path, image.getvalue())
+    write(path, image.getvalue())
 
 
 def draw_sweep(path: Path, points: Sequence[Point], chosen: str, title: str, metric: str) -> None:
@@ -150,7 +149,7 @@ def draw_sweep(path: Path, points: Sequence[Point], chosen: str, title: str, met
     figure.suptitle(_in_font(title), parse_math=False, fontsize="medium")
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    _write(path, image.getvalue())
+    write(path, image.getvalue())
 
 
 def _smoothed(losses: Floats) -> Floats:
@@ -275,16 +274,3 @@ def _finish(axes: Axes, num_layers: int) -> None:
     axes.set_xlabel("layer")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """In one move, so that a picture is never half there."""
-    handle, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.chmod(fresh, 0o644)
-        os.replace(fresh, path)
-    except BaseException:
-        os.unlink(fresh)
-        raise

@@ -1,9 +1,8 @@
-"""Writing results in one move, in places that were looked at before anything was measured."""
+"""Where results go: looked at before anything is measured."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,16 +20,3 @@ def check_targets(paths: Sequence[Path]) -> None:
             raise UsageError(f"{path.parent}: cannot be written to")
     if len({path.absolute() for path in paths}) < len(paths):
         raise UsageError("--json, --csv and --html: name a file of its own for each")
-
-
-def write_text(path: Path, text: str) -> None:
-    """An older file stays whole until the new one is. Raises OSError."""
-    handle, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(fresh, 0o644)
-        os.replace(fresh, path)
-    except BaseException:
-        os.unlink(fresh)
-        raise

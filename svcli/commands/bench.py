@@ -80,10 +80,11 @@ def run(
     bench compare A.json B.json` holds two runs against each other. Ctrl-C ends it with the rounds that are done.
     """
     from svcli.bench.contestants import ask, sides
-    from svcli.bench.files import check_targets, write_text
+    from svcli.bench.files import check_targets
     from svcli.bench.measure import Plan, measure
     from svcli.bench.page import page
     from svcli.bench.report import as_csv, as_json
+    from svcli.files import write
 
     written = {"json": json_file, "csv": csv_file, "html": html_file}
     check_targets([path for path in written.values() if path is not None])
@@ -106,7 +107,7 @@ def run(
     writers = {"json": as_json, "csv": as_csv, "html": page}
     for kind, path in written.items():
         if path is not None:
-            write_text(path, writers[kind](found))
+            write(path, writers[kind](found))
     render(found)
     if any(remark.startswith("stopped") for remark in found.remarks):
         raise typer.Exit(STOPPED)

@@ -13,6 +13,7 @@ from svcli.commands.eval import named_task, task_folder, task_split
 from svcli.commands.export import Precision
 from svcli.engines import EngineName
 from svcli.errors import UsageError
+from svcli.files import write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,7 @@ def sweep(
         raise UsageError(f"{chosen.name}, {name}: scored elsewhere, so that no setting can be chosen by it here")
     from svcli.evaluation.run import Shard, Work
     from svcli.evaluation.session import Session
-    from svcli.evaluation.sweep import choose, first_tokens, points, told, write
+    from svcli.evaluation.sweep import choose, first_tokens, points, told
     from svcli_export.manifest import DENSE
 
     bundle, manifest, variants = _graphs(source, settings, output, precision, overwrite=overwrite, quiet=quiet)
@@ -103,7 +104,7 @@ def sweep(
     found = points(report, manifest, times)
     choice = choose(found, within / 100, chosen.metric)
     content = told(found, choice, report)
-    write(output / "sweep.json", content)
+    write(output / "sweep.json", json.dumps(content, indent=2) + "\n")
     _draw(output / "sweep.png", found, choice, f"{chosen.title}, {name}", chosen.metric, quiet=quiet)
     if as_json:
         ui.show(json.dumps(content, indent=2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -166,13 +165,6 @@ def told(found: Sequence[Point], choice: Choice, report: Report) -> dict[str, An
         "choice": asdict(choice),
         "remarks": remarks(found, report),
     }
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """In one move."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _named(point: Point) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from svcli.bench.files import check_targets, write_text
+from svcli.bench.files import check_targets
 from svcli.bench.report import COLUMNS, BenchError, as_csv, as_json, read_report
 from svcli.errors import UsageError
+from svcli.files import write
 from tests.bench.reports import report
 
 
@@ -79,8 +80,8 @@ def test_targets_are_looked_at_first(tmp_path: Path) -> None:
 
 def test_an_older_file_stays_whole_where_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    write_text(path, "old")
+    write(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
+        write(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
