@@ -1,6 +1,6 @@
 """Asks a bundle about pictures it never saw, in ONNX Runtime as chat does, and judges what it says.
 
-    python -m benchmarks.accuracy models/skipvision-tiny --assets build/assets [--selection runs/tiny/checkpoint]
+    python -m benchmarks.accuracy --assets build/assets [--selection]
 
 test: unseen compositions of known art. test_style, test_font, test_photo: a drawing style, fonts and photographs that
 training never showed. Half of the questions are in wordings that training never showed either. easy_vqa: the official
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import RESULTS, surroundings, write_results
+from benchmarks.measuring import BUNDLED, RESULTS, surroundings, write_results
 from skipvision.data import assets as data_assets
 from skipvision.data.questions import TASKS as KINDS
 from svcli.bench.cpu import available_cores
@@ -77,11 +77,11 @@ def scores(lines: Sequence[Line], kinds: Sequence[str]) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="?", default=BUNDLED)
     parser.add_argument("--assets", type=Path, required=True, help="folder that `svcli data fetch` filled")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "accuracy.json")
     parser.add_argument("--overwrite", action="store_true", help="ask anew what was answered before")
-    parser.add_argument("--selection", type=Path, metavar="CHECKPOINT", help="also measure what it retains")
+    parser.add_argument("--selection", action="store_true", help="also measure what it retains")
     parser.add_argument("--threads", type=int, default=available_cores())
     return parser.parse_args()
 
@@ -94,11 +94,11 @@ def main() -> None:
     results |= {"engine": f"{EngineName.ONNXRUNTIME.value}-cpu", "precision": precision}
     results["splits"] = {split: scores(answered("bundled", split, options), KINDS) for split in DRAWN}
     results["splits"][_EASY] = scores(answered("easy-vqa", "test", options), [_EASY])
-    if options.selection is not None:
+    if options.selection:
         from benchmarks.selection import measure_selection
 
         art = data_assets.load(options.assets)
-        results["selection"] = measure_selection(options.selection, art, PICTURES, options.threads)
+        results["selection"] = measure_selection(options.bundle, art, PICTURES, options.threads)
     write_results(results, options.output)
     for split, found in results["splits"].items():
         tasks = ", ".join(f"{task} {each['share']:.1%}" for task, each in found["tasks"].items())

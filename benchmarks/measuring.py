@@ -19,6 +19,8 @@ from svcli.bench.cpu import available_cores, cpu_model
 from svcli.bench.statistics import paired_ratio
 
 RESULTS = Path(__file__).parent / "results"
+BUNDLED = Path("models/skipvision-tiny")
+"""What is measured where nothing else is named; from the root of the repository."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from skipvision.checkpoint import load_checkpoint
 from skipvision.data.assets import Assets
 from skipvision.data.names import GLYPHS, LABEL_IDS
 from skipvision.data.scenes import render
 from skipvision.select import split_tokens, token_scores
 from skipvision.training.feature_cache import to_pixels
+from svcli_export.source import read_source
 
 COVERED = 0.2
 """Share of a patch that something must cover for the patch to count; the one from which it gets a label."""
@@ -22,13 +22,16 @@ COVERED = 0.2
 Flags = npt.NDArray[np.bool_]
 
 
-def measure_selection(checkpoint: Path, assets: Assets, num_pictures: int, threads: int) -> dict[str, Any]:
-    """Recall of covered patches and of patches with a glyph, against what a random choice of as many would get."""
+def measure_selection(source: Path, assets: Assets, num_pictures: int, threads: int) -> dict[str, Any]:
+    """Recall of covered patches and of patches with a glyph, against what a random choice of as many would get.
+
+    `source`: a checkpoint or a bundle that skips.
+    """
     torch.set_num_threads(threads)
-    model = load_checkpoint(checkpoint)
+    model = read_source(source).model.float()
     skip = model.config.skip
     if skip is None:
-        raise SystemExit(f"{checkpoint} does not skip: it selects nothing")
+        raise SystemExit(f"{source} does not skip: it selects nothing")
     glyph_ids = [LABEL_IDS[glyph] for glyph in GLYPHS]
     truths: dict[str, list[Flags]] = {"covered": [], "glyph": []}
     retained = []

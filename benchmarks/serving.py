@@ -1,7 +1,7 @@
 """Loads `svcli serve` with many callers: a model with skipping, and the same dense, in the same memory for KV caches.
 
-    python -m benchmarks.serving runs/tiny/checkpoint [--clients 1 4 16 64] [--budget-mib 8]
-    python -m benchmarks.serving runs/tiny/checkpoint --soak 30
+    python -m benchmarks.serving [runs/tiny/checkpoint] [--clients 1 4 16 64] [--budget-mib 8]
+    python -m benchmarks.serving --soak 30
 
 Both are exported with room for one question about one picture, and get as many slots as fit the budget. In every round
 each server is loaded in turn, in an order that alternates, with pictures it has not seen before. Answers are of one
@@ -33,11 +33,11 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.measuring import RESULTS, surroundings, write_results
-from skipvision.checkpoint import load_checkpoint
+from benchmarks.measuring import BUNDLED, RESULTS, surroundings, write_results
 from svcli.bench.cpu import available_cores
 from svcli_export.bundle import export_bundle
 from svcli_export.manifest import Manifest
+from svcli_export.source import read_outline
 
 VARIANTS = ("dense", "skipped")
 RESULT = RESULTS / "serving.json"
@@ -99,11 +99,11 @@ def pictures(folder: Path) -> Iterator[str]:
         yield "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def export(checkpoint: Path, bundle: Path, variant: str) -> Manifest:
+def export(source: Path, bundle: Path, variant: str) -> Manifest:
     """With room for one picture and a few words."""
-    num_tokens = load_checkpoint(checkpoint).config.num_tokens
+    num_tokens = read_outline(source).config.num_tokens
     return export_bundle(
-        checkpoint,
+        source,
         bundle,
         max_images=1,
         max_context=num_tokens + _TEXT_ROWS,
@@ -225,7 +225,7 @@ def _address(log: Any, process: subprocess.Popen[bytes]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("source", type=Path, nargs="?", default=BUNDLED, help="a checkpoint or a bundle that skips")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each server in each round")
     parser.add_argument("--rounds", type=int, default=4)
@@ -241,7 +241,7 @@ def main() -> None:
         servers = []
         for variant in VARIANTS[1 if arguments.soak else 0 :]:
             bundle = Path(folder) / variant
-            manifest = export(arguments.checkpoint, bundle, variant)
+            manifest = export(arguments.source, bundle, variant)
             slot_bytes = manifest.contract.capacity * manifest.contract.kv_bytes_per_row
             num_slots = max(1, min(_MOST_SLOTS, int(arguments.budget_mib * 2**20 // slot_bytes)))
             servers.append(running.enter_context(serving(variant, bundle, manifest, num_slots, arguments.threads)))

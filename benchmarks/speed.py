@@ -1,6 +1,6 @@
-"""Times one checkpoint with skipping and without, in ONNX Runtime and in PyTorch, in turn on the same machine.
+"""Times one model with skipping and without, in ONNX Runtime and in PyTorch, in turn on the same machine.
 
-    python -m benchmarks.speed runs/tiny/checkpoint [--precision int8] [--picture examples/hamburgers.png]
+    python -m benchmarks.speed [runs/tiny/checkpoint] [--precision int8] [--picture examples/hamburgers.png]
 
 Two bundles are exported: `skipped`, as trained, and `dense`, the same weights with skipping off, which is good for
 timing only. In every round each of them answers once, in an order that alternates; the first rounds do not count.
@@ -22,9 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import RESULTS, compared, surroundings, write_results
+from benchmarks.measuring import BUNDLED, RESULTS, compared, surroundings, write_results
 from benchmarks.processes import measure_chat, measure_help
-from skipvision.checkpoint import load_checkpoint, save_checkpoint
 from skipvision.cost import Cost, prompt_cost
 from svcli.bench.cpu import available_cores
 from svcli_engines.base import Engine, Pixels
@@ -36,6 +35,8 @@ from svcli_engines.torch_engine import TorchEngine
 from svcli_export.bundle import export_bundle
 from svcli_export.chat import Message
 from svcli_export.manifest import Manifest
+from svcli_export.restore import restore_model
+from svcli_export.source import read_outline
 
 VARIANTS = ("dense", "skipped")
 STAGES = ("vision", "prefill", "first_token", "decode_token")
@@ -49,9 +50,8 @@ _ANSWER_TOKENS = 15
 
 @dataclass(frozen=True)
 class Variant:
-    """One checkpoint and its bundle, with the prompt as that bundle counts it."""
+    """A bundle, with the prompt as it counts it."""
 
-    checkpoint: Path
     bundle: Path
     manifest: Manifest
     pixels: Pixels
@@ -65,21 +65,15 @@ class Variant:
 
 
 def export_variants(options: argparse.Namespace) -> dict[str, Variant]:
-    """Both checkpoints and both bundles, under the work folder."""
-    skipped = load_checkpoint(options.checkpoint)
-    if skipped.config.skip is None:
-        raise SystemExit(f"{options.checkpoint} does not skip: there is nothing to compare")
-    dense = skipped.with_skip(None)
-    beside = ("tokenizer.json", "chat_template.jinja")
-    files = {name: (options.checkpoint / name).read_text(encoding="utf-8") for name in beside}
-    save_checkpoint(dense, options.work / "checkpoint-dense", files)
-    checkpoints = {"dense": options.work / "checkpoint-dense", "skipped": options.checkpoint}
+    """Both bundles, under the work folder."""
+    if read_outline(options.source).config.skip is None:
+        raise SystemExit(f"{options.source} does not skip: there is nothing to compare")
     variants = {}
-    for name, checkpoint in checkpoints.items():
+    for name in VARIANTS:
         bundle = options.work / f"bundle-{name}"
         skip: Literal["off"] | None = "off" if name == "dense" else None
         manifest = export_bundle(
-            options.checkpoint,
+            options.source,
             bundle,
             precision=options.precision,
             skip=skip,
@@ -89,7 +83,7 @@ def export_variants(options: argparse.Namespace) -> dict[str, Variant]:
         processor = Processor(bundle, manifest)
         pixels = processor.pixels([open_image(options.picture).image])
         prompt = processor.prompt([Message("user", options.question, images=1)])
-        variants[name] = Variant(checkpoint, bundle, manifest, pixels, prompt)
+        variants[name] = Variant(bundle, manifest, pixels, prompt)
     return variants
 
 
@@ -120,7 +114,7 @@ def measure_stages(variants: Mapping[str, Variant], options: argparse.Namespace)
     for name, variant in variants.items():
         capacity = variant.manifest.contract.capacity
         engines["onnxruntime", name] = onnx_engine(variant, options.threads)
-        engines["torch", name] = TorchEngine(load_checkpoint(variant.checkpoint), capacity=capacity)
+        engines["torch", name] = TorchEngine(restore_model(variant.bundle, variant.manifest), capacity=capacity)
     seconds: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in engines}
     for number in range(_WARM_UP + options.rounds):
         for key in list(engines)[:: 1 if number % 2 else -1]:
@@ -217,7 +211,7 @@ def show(results: Mapping[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that skips")
+    parser.add_argument("source", type=Path, nargs="?", default=BUNDLED, help="a checkpoint or a bundle that skips")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "speed.json")
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="int8", help="of the bundles")
     parser.add_argument("--picture", type=Path, default=Path("examples/hamburgers.png"))

@@ -11,12 +11,12 @@ import re
 import textwrap
 from pathlib import Path
 
-from benchmarks import blocks
+from benchmarks import blocks, tool_blocks
 from benchmarks.blocks import NotMeasuredError
 from benchmarks.main_blocks import main_table
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = blocks.BLOCKS | {"main_table": main_table}
+BLOCKS = blocks.BLOCKS | tool_blocks.BLOCKS | {"main_table": main_table}
 DOCUMENTS = tuple(
     ROOT / name
     for name in (

@@ -122,10 +122,16 @@ def test_a_rerun_notes_what_ran_what_failed_and_what_could_not_run(notes: Path) 
     assert json.loads(notes.read_text()).keys() == noted.keys(), "what is noted of the others stays"
 
 
-def test_options_reach_the_scripts() -> None:
-    options = argparse.Namespace(checkpoint=Path("my run/checkpoint"), assets=Path("a"), gguf=None)
-    speed = next(script for script in SCRIPTS if script.name == "speed")
-    assert speed.command(options)[1:] == ["-m", "benchmarks.speed", "my run/checkpoint"]
-    assert [need.missing for need in speed.needs if not need.is_there(options)] == []
-    smollm2 = next(script for script in SCRIPTS if script.name == "smollm2")
-    assert "needs --gguf" in [need.missing for need in smollm2.needs if not need.is_there(options)]
+def test_options_reach_the_scripts(tmp_path: Path) -> None:
+    options = argparse.Namespace(assets=tmp_path / "my assets", gguf=None)
+    scripts = {script.name: script for script in SCRIPTS}
+    ran = scripts["reduction"].command(options)[1:]
+    assert ran == ["-m", "benchmarks.reduction", "--assets", str(tmp_path / "my assets"), "--overwrite"]
+    assert missing(scripts["reduction"], options) == ["needs the assets of `svcli data fetch`"]
+    options.assets.mkdir()
+    assert missing(scripts["reduction"], options) == []
+    assert "needs --gguf" in missing(scripts["smollm2"], options)
+
+
+def missing(script: Script, options: argparse.Namespace) -> list[str]:
+    return [need.missing for need in script.needs if not need.is_there(options)]
