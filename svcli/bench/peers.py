@@ -54,11 +54,19 @@ def _genai(decoder: Path, precision: str, threads: int) -> tuple[Path, str]:
     return output, wanted
 
 
+def _llama_cpp(decoder: Path, precision: str, _threads: int) -> tuple[Path, str]:
+    from svcli.bench.gguf_file import write_gguf
+
+    path = decoder.with_name(f"{precision}.gguf")
+    return path, f"{write_gguf(decoder, path, precision)}, KV cache in {'fp32' if precision == 'fp32' else 'fp16'}"
+
+
 PEERS: Mapping[str, Runtime] = {
     "transformers": Runtime("transformers", {"transformers": "transformers"} | _TORCH, _transformers),
     "onnxruntime-genai": Runtime(
         "genai", {"onnxruntime_genai": "onnxruntime-genai"} | _TORCH | {"transformers": "transformers"}, _genai
     ),
+    "llama.cpp": Runtime("llama_cpp", {"llama_cpp": "llama-cpp-python", "gguf": "gguf"} | _TORCH, _llama_cpp),
 }
 
 
@@ -113,7 +121,7 @@ def measure_peers(
                 taken.run(rounds, progress=partial(progress, name))
             yield Peer(
                 name=name,
-                version=version(next(iter(runtime.packages.values()))),
+                version=_version(name),
                 weights=f"the same decoder weights, in {precision}; ours in {side.manifest.contract.precision}",
                 rows=len(ids),
                 stages={
@@ -128,6 +136,11 @@ def _text(side: Contestant) -> list[int]:
     words = [token for token in side.prompt.ids if token != side.processor.image_id]
     count = side.prompt.layout.length
     return (words * (count // len(words) + 1))[:count]
+
+
+def _version(name: str) -> str:
+    package = next(iter(PEERS[name].packages.values()))
+    return version(package) if package == name else f"of {package} {version(package)}"
 
 
 def _generation(worker: Worker, ids: Sequence[int], tokens: int) -> dict[str, float]:
