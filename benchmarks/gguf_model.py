@@ -1,7 +1,7 @@
-"""A Llama model in a GGUF file becomes a transformers folder, and GGUF files of other precisions.
+"""A Llama model in a GGUF file becomes a transformers folder.
 
 Weights are read as fp32, whatever the file rounded them to: what comes out are the same numbers under other names.
-The gguf package is imported only where a file is read or written.
+The gguf package is imported only where a file is read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ _IN_LAYER = {
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _CONTROL = 3
 """Type of a token that is no text, such as the end of one."""
-_OF_THE_FILE = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
 
 @dataclass(frozen=True)
@@ -61,27 +60,6 @@ def read_gguf(path: Path) -> GgufModel:
     if fields["general.architecture"] != "llama":
         raise SystemExit(f"{path}: {fields['general.architecture']} is not read, only llama")
     return GgufModel(fields, {each.name: dequantize(each.data, each.tensor_type) for each in reader.tensors})
-
-
-def write_gguf(source: Path, model: GgufModel, path: Path, matrices: str, embedding: str) -> None:
-    """`model` as a file with everything that `source` says, its matrices rounded as named, such as Q8_0; vectors stay
-    in fp32."""
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-    from gguf.quants import quantize
-
-    writer = GGUFWriter(path, "llama")
-    for name, field in GGUFReader(source).fields.items():
-        if not name.startswith(_OF_THE_FILE):
-            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    for name, tensor in model.tensors.items():
-        named = "F32" if tensor.ndim == 1 else embedding if name == EMBEDDING else matrices
-        kind = GGMLQuantizationType[named]
-        writer.add_tensor(name, quantize(tensor, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def write_transformers(model: GgufModel, folder: Path) -> None:

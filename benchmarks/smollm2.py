@@ -24,8 +24,9 @@ from unittest.mock import patch
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks.gguf_model import read_gguf, write_gguf, write_transformers
+from benchmarks.gguf_model import read_gguf, write_transformers
 from benchmarks.measuring import RESULTS, ratio, spread, surroundings, write_results
+from svcli.bench.gguf_file import write_gguf
 from svcli.bench.text_engines import Worker, versions
 from svcli.bench.text_models import build_genai
 
@@ -63,8 +64,6 @@ _PAUSE = 0.3
 """Seconds between two answers, in which threads that still spin go to sleep."""
 _CONTEXT = 1024
 """Rows that every engine has room for."""
-_GGUF = {"fp32": ("F32", "F32"), "int8": ("Q8_0", "Q8_0"), "int4": ("Q4_0", "Q8_0")}
-"""How matrices are stored, and the embedding, which is the head."""
 _RIVALS = {
     "fp32": ("transformers", "genai", "llama_cpp"),
     "int8": ("genai", "llama_cpp"),
@@ -104,8 +103,8 @@ def build(source: Path, work: Path, threads: int) -> dict[tuple[str, str], Path]
                 export_bundle(
                     work / "checkpoint", where, precision=precision, max_context=_CONTEXT, max_images=1, overwrite=True
                 )
-    for precision, rounding in _GGUF.items():
-        write_gguf(source, read, found["llama_cpp", precision], *rounding)
+    for precision in _RIVALS:
+        write_gguf(theirs, found["llama_cpp", precision], precision)
         build_genai(theirs, found["genai", precision], precision, threads)
     return found
 

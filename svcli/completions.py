@@ -29,6 +29,13 @@ def gpus() -> list[str]:
     return list(GPUS)
 
 
+def peers() -> list[str]:
+    """For `svcli bench --peer`."""
+    from svcli.bench.peers import PEERS
+
+    return list(PEERS)
+
+
 def recipes() -> list[str]:
     """Presets of `svcli train`."""
     from skipvision.training.recipes import PRESETS

@@ -19,6 +19,9 @@ OPTIONAL = {
         "no C++ compiler or no Python.h for torch.compile, or torch in a path with a space, which it cannot compile in:"
         " compiled decoding was not checked"
     ),
+    "llama.cpp": (
+        "no llama.cpp (pip install llama-cpp-python gguf): it was not tried on our weights, nor measured beside ours"
+    ),
     "lmms-eval": (
         "no lmms-eval (pip install lmms-eval): the model for it was checked against a stand-in of its interface only"
     ),

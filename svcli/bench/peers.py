@@ -4,8 +4,9 @@ decode behind them, in turns with ours."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,10 +24,50 @@ from svcli.errors import UsageError
 from svcli_engines.base import MachineError
 
 OURS = "ours"
-PEERS = {"transformers": ("transformers", "transformers"), "onnxruntime-genai": ("genai", "onnxruntime_genai")}
-"""Name of each among the text engines, and the module that brings it."""
-_NEEDED = {"torch": "svcli[torch]", "transformers": "transformers"}
+_TORCH = {"torch": "svcli[torch]"}
 """To hand the weights over."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One that ours can be held against."""
+
+    engine: str
+    """Its name among the text engines."""
+    packages: Mapping[str, str]
+    """What pip installs, by the module that it brings. The first is the run time itself: its version is told."""
+    prepare: Callable[[Path, str, int], tuple[Path, str]]
+    """Of the decoder's folder, the bundle's precision and the threads: what the engine reads, made beside that folder,
+    and what its weights are in. Raises WorkerError."""
+
+
+def _transformers(decoder: Path, _precision: str, _threads: int) -> tuple[Path, str]:
+    return decoder, "fp32"
+
+
+def _genai(decoder: Path, precision: str, threads: int) -> tuple[Path, str]:
+    from svcli.bench.text_models import build_genai
+
+    wanted = "fp32" if precision == "fp16" else precision
+    output = decoder.with_name("onnxruntime-genai")
+    build_genai(decoder, output, wanted, threads)
+    return output, wanted
+
+
+def _llama_cpp(decoder: Path, precision: str, _threads: int) -> tuple[Path, str]:
+    from svcli.bench.gguf_file import write_gguf
+
+    path = decoder.with_name(f"{precision}.gguf")
+    return path, f"{write_gguf(decoder, path, precision)}, KV cache in {'fp32' if precision == 'fp32' else 'fp16'}"
+
+
+PEERS: Mapping[str, Runtime] = {
+    "transformers": Runtime("transformers", {"transformers": "transformers"} | _TORCH, _transformers),
+    "onnxruntime-genai": Runtime(
+        "genai", {"onnxruntime_genai": "onnxruntime-genai"} | _TORCH | {"transformers": "transformers"}, _genai
+    ),
+    "llama.cpp": Runtime("llama_cpp", {"llama_cpp": "llama-cpp-python", "gguf": "gguf"} | _TORCH, _llama_cpp),
+}
 
 
 def check_peers(names: Sequence[str], engine: EngineName) -> None:
@@ -36,8 +77,7 @@ def check_peers(names: Sequence[str], engine: EngineName) -> None:
             raise UsageError(f"--peer {name}: choose among {', '.join(PEERS)}")
         if engine is not EngineName.ONNXRUNTIME:
             raise UsageError(f"--peer {name}: peers run on the CPU, and are held against --engine onnxruntime alone")
-        needed = {PEERS[name][1]: name} | _NEEDED
-        if missing := [package for module, package in needed.items() if find_spec(module) is None]:
+        if missing := [package for module, package in PEERS[name].packages.items() if find_spec(module) is None]:
             packages = " ".join(f'"{package}"' if "[" in package else package for package in missing)
             raise MachineError(f"--peer {name}: not installed here: pip install {packages}")
 
@@ -69,10 +109,11 @@ def measure_peers(
         write_decoder(graphs.bundle, side.manifest, decoder)
         for name in names:
             progress(name, 0, warm_up + rounds)
-            model, precision = _model(name, decoder, side.manifest.contract.precision, threads)
+            runtime = PEERS[name]
+            model, precision = runtime.prepare(decoder, side.manifest.contract.precision, threads)
             with ExitStack() as stack:
                 workers = {
-                    name: stack.enter_context(Worker(PEERS[name][0], model, threads, context)),
+                    name: stack.enter_context(Worker(runtime.engine, model, threads, context)),
                     OURS: stack.enter_context(Worker("ours", ours, threads, context)),
                 }
                 turns = {key: partial(_generation, worker, ids, tokens) for key, worker in workers.items()}
@@ -80,7 +121,7 @@ def measure_peers(
                 taken.run(rounds, progress=partial(progress, name))
             yield Peer(
                 name=name,
-                version=version(name),
+                version=_version(name),
                 weights=f"the same decoder weights, in {precision}; ours in {side.manifest.contract.precision}",
                 rows=len(ids),
                 stages={
@@ -97,16 +138,9 @@ def _text(side: Contestant) -> list[int]:
     return (words * (count // len(words) + 1))[:count]
 
 
-def _model(name: str, decoder: Path, precision: str, threads: int) -> tuple[Path, str]:
-    """The folder that the peer reads, and what it computes in."""
-    if name == "transformers":
-        return decoder, "fp32"
-    from svcli.bench.text_models import build_genai
-
-    wanted = "fp32" if precision == "fp16" else precision
-    output = decoder.with_name(name)
-    build_genai(decoder, output, wanted, threads)
-    return output, wanted
+def _version(name: str) -> str:
+    package = next(iter(PEERS[name].packages.values()))
+    return version(package) if package == name else f"of {package} {version(package)}"
 
 
 def _generation(worker: Worker, ids: Sequence[int], tokens: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.engines import EngineName
 from svcli.errors import UsageError
 from svcli.settings import bundled_model
@@ -62,7 +62,12 @@ def run(
     ] = None,
     peers: Annotated[
         list[str] | None,
-        typer.Option("--peer", metavar="NAME", help="Also the decoder in transformers or onnxruntime-genai."),
+        typer.Option(
+            "--peer",
+            metavar="NAME",
+            help="Also the decoder in transformers, onnxruntime-genai or llama.cpp.",
+            autocompletion=completions.peers,
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Every round, for programs and `svcli bench compare`.")

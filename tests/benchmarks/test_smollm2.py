@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gguf_model import GgufModel, renamed, unpermuted, write_transformers
+from benchmarks.gguf_model import GgufModel, read_gguf, renamed, unpermuted, write_transformers
 from benchmarks.smollm2 import PROMPTS, _agreement
+from svcli.bench.gguf_file import write_gguf
 from svcli.bench.text_engines import answers
 from tests.skipvision.zoo import transformers
 
@@ -94,6 +95,18 @@ def test_the_converted_model_is_the_original(original: Any, tmp_path: Path) -> N
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, original(ids).logits, rtol=0, atol=0)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["rms_norm_eps"] == 1e-5
+
+
+def test_back_in_a_file_it_is_the_file_that_it_was(original: Any, tmp_path: Path) -> None:
+    model = as_gguf(original)
+    write_transformers(model, tmp_path)
+    write_gguf(tmp_path, tmp_path / "again.gguf", "fp32")
+    again = read_gguf(tmp_path / "again.gguf")
+    assert again.tensors.keys() == model.tensors.keys()
+    for name, tensor in model.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name], tensor)
+    told = {name: value for name, value in model.fields.items() if name.startswith("llama.")}
+    assert {name: again.fields[name] for name in told} == told
 
 
 def test_rows_left_in_ggufs_order_would_be_another_model(original: Any) -> None:

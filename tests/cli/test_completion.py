@@ -55,6 +55,7 @@ def shell(program: Path, tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
         ("svcli export x -o y --precision fp3", "svcli export x -o y --precision fp32 "),
         ("svcli export x -o y --preset sv-llava-1", "svcli export x -o y --preset sv-llava-100 "),
         ("svcli cost --gpu h2", "svcli cost --gpu h200 "),
+        ("svcli bench --peer ll", "svcli bench --peer llama.cpp "),
         ("svcli chat ham", "svcli chat hamburgers.png "),
         ("svcli inspect my", "svcli inspect my-bundle/"),
     ],
