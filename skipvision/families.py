@@ -260,7 +260,7 @@ def _object(text: str) -> dict[str, Any]:
 def parse_model(
     data: Mapping[str, Any], processing: Mapping[str, Any] | None = None, tower: Mapping[str, Any] | None = None
 ) -> KnownModel:
-    """The same, of what was read."""
+    """`read_model` of JSON that was read already. Raises ConfigError."""
     if is_original(data):
         return _original(data, tower)
     require(tower is None, "this model has a vision tower of its own, and takes no other")

@@ -217,7 +217,7 @@ class SkipVisionModel(nn.Module):
 
     @torch.no_grad()
     def fill(self, input_ids: Tensor, visual: Tensor, batch: BatchTensors, cache: KVCache) -> Tensor:
-        """`prefill` into a cache that there is, whatever was in it, with nothing but work for the device."""
+        """Logits of `prefill` into a cache that there is, whatever was in it, with nothing but work for the device."""
         cache.lengths.zero_()
         cache.next_positions.zero_()
         return self.append(input_ids, visual, batch, cache, 0)
@@ -226,8 +226,8 @@ class SkipVisionModel(nn.Module):
     def append(self, input_ids: Tensor, visual: Tensor, batch: BatchTensors, cache: KVCache, num_cached: int) -> Tensor:
         """`fill` behind what is in the cache, at most `num_cached` rows a sequence, which the new rows attend to.
 
-        The same as if all had been there at once, unless later rows may attend to skipped ones: those of what was
-        filled before are gone.
+        Logits [B, vocab], as if all had been there at once, unless later rows may attend to skipped ones: those of what
+        was filled before are gone.
         """
         hidden = self._kept_rows(input_ids, visual, batch, cache, num_cached)
         cache.lengths += batch.kept_lengths
@@ -237,7 +237,10 @@ class SkipVisionModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
-        """Logits [B, n, vocab] of n new ids [B, n] behind the cache, which grows by n."""
+        """Logits [B, n, vocab] of n new ids [B, n] behind the cache, which grows by n.
+
+        Raises ValueError where it has no room for them.
+        """
         if int(cache.lengths.max()) + input_ids.shape[1] > cache.capacity:
             raise ValueError(f"the KV cache of {cache.capacity} rows is full")
         return self.decoder.logits(self.decoder.extend(self.decoder.embed(input_ids), cache))
@@ -246,7 +249,8 @@ class SkipVisionModel(nn.Module):
     def generate(
         self, input_ids: Sequence[Sequence[int]], visual: Tensor, batch: BatchLayout, max_new_tokens: int, stop_id: int
     ) -> list[list[int]]:
-        """Greedy continuation of each sequence, up to `stop_id` (left out) or `max_new_tokens`."""
+        """Greedy continuation of each sequence of ids, up to `stop_id` (left out) or `max_new_tokens`; `visual` as for
+        `prefill`."""
         width = max(map(len, input_ids))
         padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in input_ids], device=visual.device)
         logits, cache = self.prefill(padded, visual, batch, batch.num_kept + max_new_tokens)

@@ -235,7 +235,7 @@ def _stored(directory: Path) -> Iterator[tuple[str, Tensor, float]]:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Names of the safetensors files, one or the shards of an index."""
+    """Names of the safetensors files, one or the shards of an index. Raises CheckpointError."""
     index = directory / _INDEX
     if not index.is_file():
         if not (directory / _SINGLE).is_file() and any(directory.glob("*.bin")):

@@ -70,7 +70,7 @@ class Engine(Protocol):
     def encode(self, pixels: Pixels, cut: Cut | None = None) -> Visual:
         """Visual rows of `pixels` [I, 3, H, W]: pictures that are seen once, or the views of one.
 
-        Where views are joined, `cut` says how.
+        Where views are joined, `cut` says how. Raises EngineError where the engine cannot see pictures so.
         """
 
     def prefill(self, input_ids: Sequence[int], visual: Visual | None, layout: TokenLayout) -> Logits:

@@ -205,7 +205,10 @@ def _opened(opener: Opener) -> Engine | Exception:
 
 
 def samples(processor: Processor, pictures: Mapping[str, Image.Image]) -> list[Sample]:
-    """Each picture, by its name, with the question that the export's check asks."""
+    """Each picture, by its name, with the question that the export's check asks.
+
+    Raises CompareError where the bundle has no room for the tokens that are compared.
+    """
     made = []
     for name, picture in pictures.items():
         cuts = processor.cuts([picture])

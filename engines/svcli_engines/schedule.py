@@ -124,7 +124,9 @@ class Scheduler:
         return request
 
     def look(self, picture: Picture, report: LookReport) -> None:
-        """Reports what the encoder makes of a picture, or what went wrong; between two steps. Raises BusyError."""
+        """Reports what the encoder makes of a picture, or what went wrong; between two steps.
+
+        Raises BusyError where `max_waiting` wait already, and ClosingError."""
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise ClosingError("the server is shutting down")

@@ -53,7 +53,7 @@ class StoredWeights:
         return frozenset(name for name, stored in self._stored.items() if stored + ZERO in self._zeros)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """In fp32, what the graphs compute with. Raises KeyError for a name that is not there."""
+        """In fp32, in its own shape, what the graphs compute with. Raises KeyError for a name that is not there."""
         return self.mapped(name).float()
 
     def copied(self, name: str) -> torch.Tensor:

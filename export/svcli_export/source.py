@@ -156,7 +156,7 @@ def own_image(vision: VisionConfig) -> ImageProcessing:
 
 
 def own_chat(folder: Path, tokenizer_json: str, template: str) -> ChatFormat:
-    """How models that are trained here are spoken to."""
+    """How models that are trained here are spoken to. Raises SourceError."""
     try:
         tokenizer = ChatTokenizer(tokenizer_json, template).tokenizer
     except (TemplateError, RecursionError) as error:

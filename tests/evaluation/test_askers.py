@@ -18,6 +18,7 @@ from skipvision.layout import ImageSpan, TokenLayout
 from svcli.engines import EngineName
 from svcli.evaluation.asker import Said
 from svcli.evaluation.askers import BASELINES, AskerError, BundleAsker, full_name, own_name
+from svcli.evaluation.session import _MATTERS
 from svcli_engines.base import EngineError, Logits, Visual, check_prefill
 from svcli_engines.question import Question
 from svcli_engines.torch_engine import TorchEngine
@@ -228,3 +229,7 @@ def test_rows_that_are_not_given_cannot_be_picked() -> None:
         check_prefill(layout, Visual(np.zeros((1, 5, 8), np.float32)), 10)
     with pytest.raises(ValueError, match="1 rows are picked for 2 visual rows"):
         TokenLayout((2, ImageSpan(2)), picked=(0,))
+
+
+def test_results_name_the_packages_of_every_engine() -> None:
+    assert set(_MATTERS) == set(EngineName)

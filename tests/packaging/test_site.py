@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib.util
+import inspect
 import re
 import runpy
 import shutil
@@ -11,9 +13,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.support.expected_conditions import presence_of_element_located
+from selenium.webdriver.support.ui import WebDriverWait
 
+from svcli_engines.base import Engine
+from tests.browsers import chromium
 from tests.optional import missing
 from tests.packaging.code_blocks import ROOT, documents
 
@@ -34,12 +43,38 @@ def test_every_page_is_in_the_nav_and_every_entry_is_a_page() -> None:
     assert sorted(named) == sorted(SITE["documents"]().values()), "mend `nav` in mkdocs.yml"
 
 
+def api() -> list[str]:
+    """The modules that are public."""
+    pages = sorted((DOCS / "api").glob("*.md"))
+    return [name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.M)]
+
+
 def test_pages_of_the_api_name_modules_that_there_are() -> None:
-    names = [
-        name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
-    ]
+    names = api()
     assert len(names) > 25
     assert all(importlib.util.find_spec(name) is not None for name in names)
+
+
+def functions(module: ModuleType) -> Iterator[Any]:
+    """Every public function of a module's own, and of its classes."""
+    for name, value in vars(module).items():
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__:
+            members = vars(value).items() if inspect.isclass(value) else [(name, value)]
+            found = [getattr(each, "fget", getattr(each, "func", each)) for key, each in members if key[0] != "_"]
+            yield from filter(inspect.isfunction, map(inspect.unwrap, filter(callable, found)))
+
+
+def test_docstrings_of_the_api_name_what_is_raised() -> None:
+    untold = []
+    for function in (each for name in api() for each in functions(importlib.import_module(name))):
+        # An engine's methods may leave it to those of the protocol.
+        told = inspect.getdoc(function) or inspect.getdoc(getattr(Engine, function.__name__, None)) or ""
+        for name in re.findall(r"^ +raise (\w+)\(", inspect.getsource(function), re.MULTILINE):
+            error = function.__globals__.get(name) or getattr(builtins, name)
+            is_told = any(kind.__name__ in told for kind in error.__mro__)
+            if not is_told and not re.search(r"[Rr]aises\s+what|errors\s+are\s+those", told):
+                untold.append(f"{function.__module__}.{function.__qualname__}: {name}")
+    assert untold == []
 
 
 def sentences(tree: ast.AST) -> Iterator[str]:
@@ -116,6 +151,27 @@ def test_no_page_asks_another_host_for_anything(built: Path) -> None:
         assert not loaded, page
     for sheet in built.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import\s*)[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    with chromium(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+@pytest.mark.slow
+def test_pages_are_dark_where_the_system_is_and_turn_when_it_does(built: Path, browser: Chrome) -> None:
+    for scheme, shown in (("light", "default"), ("dark", "slate"), ("light", "default")):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        browser.get((built / "index.html").as_uri())
+        found = f"body[data-md-color-scheme={shown}]"
+        WebDriverWait(browser, 20).until(presence_of_element_located(("css selector", found)))
+
+
+def test_the_site_shows_what_is_public_and_needs_no_words(built: Path) -> None:
+    for page, name in (("skipvision", "layout.TokenLayout.num_visual"), ("svcli_export", "manifest.Manifest.config")):
+        assert f'id="{page}.{name}"' in (built / "api" / f"{page}.html").read_text(encoding="utf-8")
 
 
 def test_every_document_is_a_page() -> None:
