@@ -65,9 +65,12 @@ class Pope:
                 yield _item(record, category, record.text("question"), record.picture("image"), record.text("answer"))
 
     def read(self, item: Item, said: str) -> str:
-        """evaluate.py: of the first sentence, without commas, a word No, no or not is a no, and all else a yes."""
+        """evaluate.py: of the first sentence, without commas, a word No, no or not is a no, and all else a yes.
+
+        What was said is stripped before, as in LLaVA's model_vqa_loader.py.
+        """
         del item
-        words = said.split(".")[0].replace(",", "").split(" ")
+        words = said.strip().split(".")[0].replace(",", "").split(" ")
         return "no" if {"No", "not", "no"} & set(words) else "yes"
 
     def score(self, item: Item, answer: str) -> float:
