@@ -94,11 +94,13 @@ class Results:
     """The file of one asker and one shard, open for appending."""
 
     def __init__(self, path: Path, header: Header, *, overwrite: bool = False) -> None:
-        """What stands behind the last whole line is cut off.
+        """What stands behind the last whole line is cut off. Items that could not be asked are not among `lines`.
 
         Raises ResultsError for another run's file, a broken one, or one that is being written.
         """
         self.path, self.header = path, header
+        self._failed = dict[str, Line]()
+        """What could not be asked before, by item."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = path.open("a+b")
         try:
@@ -127,11 +129,16 @@ class Results:
         if found != self.header:
             raise ResultsError(f"{self.path}: {difference(found, self.header)}; choose another folder, or --overwrite")
         os.truncate(self.path, sum(map(len, whole)))
-        return lines
+        self._failed = {line.item.id: line for line in lines if line.said is None}
+        return [line for line in lines if line.said is not None]
 
     def append(self, line: Line) -> None:
-        """What was appended is there after the process was killed; of a machine that fails, but for some seconds."""
-        self._write(line.told())
+        """What was appended is there after the process was killed; of a machine that fails, but for some seconds.
+
+        A line that is there already, of an item that could not be asked, is not written twice.
+        """
+        if self._failed.get(line.item.id) != line:
+            self._write(line.told())
         self.lines.append(line)
         if monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
             self._sync()
@@ -157,7 +164,7 @@ class Results:
 
 
 def read(path: Path) -> tuple[Header, list[Line]] | None:
-    """What a file holds, but for a last line that is cut; None where that is the header.
+    """What a file holds, but for a last line that is cut; None where that is the header. Of each item the last line.
 
     Raises ResultsError for a file that `Results` has not written.
     """
@@ -196,7 +203,8 @@ def _parse(path: Path, whole: Sequence[bytes]) -> tuple[Header, list[Line]]:
         header = Header(**told)
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
         raise ResultsError(f"{path}: no file of svcli eval; choose another folder, or --overwrite") from None
-    return header, [_line(path, number, line) for number, line in enumerate(whole[1:], start=2)]
+    lines = (_line(path, number, line) for number, line in enumerate(whole[1:], start=2))
+    return header, list({line.item.id: line for line in lines}.values())
 
 
 def _line(path: Path, number: int, line: bytes) -> Line:

@@ -88,7 +88,8 @@ class Work:
 def answer(work: Work, asker: Asker, results: Results, transparency: Transparency) -> Iterator[Line]:
     """Yields a line for each item that `results` does not have yet, when it has been written.
 
-    What cannot be asked counts as wrong, and has its error. Raises TaskError, and what no item is to blame for.
+    What cannot be asked counts as wrong, and has its error; another call asks it again. Raises TaskError, and what no
+    item is to blame for.
     """
     done = {line.item.id for line in results.lines}
     shown, images = "", list[Image.Image]()

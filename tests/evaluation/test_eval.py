@@ -207,6 +207,26 @@ def test_what_cannot_be_asked_is_wrong_and_said(wheel: Path, tmp_path: Path) -> 
     assert found["not asked"] == 2
     assert found["visual_tokens"] == 162
     assert report["askers"]["dense"]["visual_tokens"] == 256
+    before = (tmp_path / "skipped.jsonl").read_bytes()
+    again = evaluate("easy-vqa", "--data", wheel, *OWN, "--out", tmp_path)
+    assert "skipped: 2 of 4 items are answered already" in again.stderr
+    assert "skipped: 2 of 4 could not be asked" in again.stdout
+    assert (tmp_path / "skipped.jsonl").read_bytes() == before  # for the same reasons
+
+
+def test_what_could_not_be_asked_is_asked_again(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "skipped.jsonl"
+    header, first, *rest = (whole / "skipped.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = {name: json.loads(first)[name] for name in ("id", "group", "question", "truth", "pictures")}
+    failed = json.dumps(kept | {"answer": "", "score": 0.0, "error": "the disk was away"}) + "\n"
+    path.write_text("".join([header, failed, *rest]), encoding="utf-8")
+    done = evaluate(*SHAPES, *OWN, "--limit", 18, "--out", tmp_path)
+    assert "17 of 18 items are answered already" in done.stderr
+    assert "could not be asked" not in done.stdout
+    assert len(lines(path)) == 20  # what was is not written over
+    report, alone = (json.loads(evaluate("--merge", folder, "--json").stdout) for folder in (tmp_path, whole))
+    assert report["askers"]["skipped"]["figures"] == alone["askers"]["skipped"]["figures"]
+    assert (report["askers"]["skipped"]["answered"], report["askers"]["skipped"]["not asked"]) == (18, 0)
 
 
 def test_what_others_score_is_written_for_them(tmp_path: Path) -> None:

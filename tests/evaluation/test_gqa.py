@@ -91,6 +91,15 @@ def test_answers_of_the_test_split_go_to_the_server(tmp_path: Path) -> None:
     assert TASK.unscored == ("test",)
     TASK.export_answers(done, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == [{"questionId": "7", "prediction": "a dog"}]
+    copy = tmp_path / "copy"
+    put_parquet(
+        copy / "test_balanced_instructions" / "test-00000-of-00001.parquet",
+        [{"id": "7", "imageId": "n1", "question": "What?", "isBalanced": True}],
+    )
+    put_parquet(copy / "test_balanced_images" / "test-00000-of-00001.parquet", [{"id": "n1", "image": held()}])
+    assert [(each.id, each.question, each.truth) for each in asked(TASK, copy, "test").values()] == [
+        (each.id, each.question, each.truth) for each in items.values()
+    ]
 
 
 def test_an_id_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def test_a_table_gives_what_was_written_and_each_record_again(
         (b"", "no column name"),
         (b"name\n", "no column image"),
         (b"name\timage\na\n", "line 2: 1 columns, not 2"),
-        (b"name\timage\na\tb\nc\xff\td\n", "line 2: no table of tabs"),
+        (b"\xff\xfen\x00a\x00", "line 1: no table of tabs"),
+        (b"name\timage\na\tb\nc\xff\td\n", "line 3: no table of tabs"),
         (b'name\timage\na\t"b\n', "line 2: no table of tabs"),
     ],
 )

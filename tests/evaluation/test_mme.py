@@ -39,6 +39,17 @@ def test_the_release_is_read_with_both_of_its_layouts(tmp_path: Path) -> None:
     assert items["OCR/a.png#1"].pictures == (root / "OCR" / "a.png",)
 
 
+@pytest.mark.parametrize("place", ["", "MME_Benchmark", "MME_Benchmark_release_version/MME_Benchmark"])
+def test_the_release_is_read_however_it_was_unpacked(tmp_path: Path, place: str) -> None:
+    root = official(tmp_path / "official") / "MME_Benchmark_release_version"
+    wanted = asked(TASK, tmp_path / "official")
+    (tmp_path / "here" / place).parent.mkdir(parents=True, exist_ok=True)
+    root.rename(tmp_path / "here" / place)
+    found = asked(TASK, tmp_path / "here")
+    assert {key: item.question for key, item in found.items()} == {key: item.question for key, item in wanted.items()}
+    assert all(Path(str(picture)).is_file() for item in found.values() for picture in item.pictures)
+
+
 def test_the_copy_on_hugging_face_asks_the_same(tmp_path: Path) -> None:
     wanted = asked(TASK, official(tmp_path / "official"))
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from svcli.evaluation.tasks.mmmu_answers import is_right, letter_of
 from tests.evaluation.task_files import LETTER, SHORT, asked, held, judged, png, put_parquet
 
 TASK = Mmmu()
+SUBJECTS = re.findall(
+    r"\w+",
+    """
+    Accounting Agriculture Architecture_and_Engineering Art Art_Theory Basic_Medical_Science Biology Chemistry
+    Clinical_Medicine Computer_Science Design Diagnostics_and_Laboratory_Medicine Economics Electronics Energy_and_Power
+    Finance Geography History Literature Manage Marketing Materials Math Mechanical_Engineering Music Pharmacy Physics
+    Psychology Public_Health Sociology
+    """,
+)
 OPTIONS = ["$6", "$7", "a red car"]
 
 
@@ -54,11 +64,20 @@ def test_questions_name_their_pictures(tmp_path: Path) -> None:
 
 
 def test_a_folder_for_each_subject_holds_the_same(tmp_path: Path) -> None:
-    put_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", ROWS)
-    for subject, rows in (("Accounting", ROWS[:1]), ("Art_Theory", ROWS[1:2]), ("Math", ROWS[2:])):
+    given = {"Accounting": ROWS[:1], "Art_Theory": ROWS[1:2], "Math": ROWS[2:]}
+    subjects = {
+        name: [row(f"validation_{name}_1", "Which?", "A", OPTIONS, image_1=held())] for name in SUBJECTS
+    } | given
+    put_parquet(
+        tmp_path / "data" / "validation-00000-of-00001.parquet", [each for rows in subjects.values() for each in rows]
+    )
+    for subject, rows in subjects.items():
         put_parquet(tmp_path / "apart" / subject / "validation-00000-of-00001.parquet", rows)
         put_parquet(tmp_path / "apart" / subject / "dev-00000-of-00001.parquet", rows)
     assert asked(TASK, tmp_path / "apart") == asked(TASK, tmp_path)
+    (tmp_path / "apart" / "Pharmacy" / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(TaskError, match="the subject Pharmacy is missing"):
+        asked(TASK, tmp_path / "apart")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def test_the_copy_on_hugging_face_holds_the_same(tmp_path: Path, layout: str) ->
         ("There is not a dog", "no"),
         ("Yes. There is no cat.", "yes"),  # the first sentence alone
         ("NO", "yes"),  # the script knows No, no and not
-        ("no\n", "yes"),  # it splits words at spaces alone
+        ("no\n", "no"),  # LLaVA strips what was said before the script reads it
+        ("no\nnone", "yes"),  # it splits words at spaces alone
         ("nobody", "yes"),
         ("", "yes"),
     ],
@@ -118,6 +119,13 @@ def test_a_missing_category_is_told(tmp_path: Path) -> None:
     (official(tmp_path) / "coco" / "coco_pope_random.json").unlink()
     with pytest.raises(TaskError, match=r"coco_pope_random\.json.*github\.com/AoiDragon/POPE"):
         asked(TASK, tmp_path)
+    put(tmp_path / "coco" / "coco_pope_random.json", "\n")
+    with pytest.raises(TaskError, match=r"coco_pope_random\.json: holds no records"):
+        asked(TASK, tmp_path)
+    rows = [row(name, n, each) for name in ("adversarial", "random") for n, each in enumerate(LABELS[name], start=1)]
+    put_parquet(tmp_path / "copy" / "data" / "test-00000-of-00001.parquet", rows)
+    with pytest.raises(TaskError, match="no questions of the category popular"):
+        asked(TASK, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(

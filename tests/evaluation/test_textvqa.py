@@ -20,7 +20,8 @@ ANSWERS = ["Nokia", "nokia", "nokia.", "the nokia", "samsung", "samsung", "sony"
 
 
 def entry(number: int, answers: list[str] | None) -> dict[str, Any]:
-    found = {"question_id": number, "question": "what brand is it?", "image_id": "ab12", "image_classes": ["Phone"]}
+    found: dict[str, Any] = {"question_id": number, "image_id": "ab12", "image_classes": ["Phone"]}
+    found["question"] = "what brand is it, Nokia?"
     return found if answers is None else found | {"answers": answers}
 
 
@@ -34,11 +35,11 @@ def official(folder: Path) -> Path:
 
 def test_the_release_is_read_with_and_without_what_an_ocr_system_saw(tmp_path: Path) -> None:
     (item,) = asked(TASK, official(tmp_path)).values()
-    assert (item.id, item.question) == ("34602", "what brand is it?" + SHORT)
+    assert (item.id, item.question) == ("34602", "What brand is it, nokia?" + SHORT)
     assert item.pictures == (tmp_path / "train_images" / "ab12.jpg",)
     assert item.truth == ANSWERS
     (item,) = asked(TASK, tmp_path, "val-ocr").values()
-    assert item.question == "what brand is it?\nReference OCR token: NOKIA, 5" + SHORT
+    assert item.question == "What brand is it, nokia?\nReference OCR token: NOKIA, 5" + SHORT
     (tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
     with pytest.raises(TaskError, match=r"Rosetta.*no such file"):
         asked(TASK, tmp_path, "val-ocr")

@@ -55,7 +55,8 @@ class Gqa:
         if not questions or not images_of:
             raise absent(self, folder, split)
         asked: dict[str, list[Record]] = {}
-        for record in rows(questions, ("id", "imageId", "question", "answer"), ("types", "groups")):
+        columns = ("id", "imageId", "question", *(() if split in self.unscored else ("answer",)))
+        for record in rows(questions, columns, ("types", "groups")):
             asked.setdefault(record.text("imageId"), []).append(record)
         for row in rows(images_of, ("id", "image")):
             picture_of = (row.picture("image"),)

@@ -37,11 +37,15 @@ def pictures_folder(folder: Path, names: Sequence[str], task: Task) -> Path:
 
 
 def json_lines(path: Path) -> Iterator[Record]:
-    """A record for each line. Raises TaskError."""
+    """A record for each line. Raises TaskError, too where there is none."""
+    is_empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
+                is_empty = False
                 yield _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+    if is_empty:
+        raise TaskError(f"{path}: holds no records")
 
 
 def json_record(path: Path) -> Record:
@@ -102,12 +106,12 @@ class Table:
 
     def _rows(self, file: IO[bytes]) -> Iterator[tuple[int, int, list[str]]]:
         """Where each begins, the number of its last line, and its cells."""
-        read = file.tell()
+        read, number = file.tell(), 0
 
         def lines() -> Iterator[str]:
-            nonlocal read
+            nonlocal read, number
             for line in file:
-                read += len(line)
+                read, number = read + len(line), number + 1
                 yield line.decode("utf-8-sig" if read == len(line) else "utf-8")
 
         reader = csv.reader(lines(), delimiter="\t", strict=True)
@@ -118,7 +122,7 @@ class Table:
             except StopIteration:
                 return
             except (csv.Error, UnicodeDecodeError) as error:
-                raise TaskError(f"{self.path}, line {reader.line_num}: no table of tabs ({error})") from None
+                raise TaskError(f"{self.path}, line {number}: no table of tabs ({error})") from None
             if row:
                 yield begin, reader.line_num, row
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from svcli.evaluation.task import Item, Judged, TaskError
 from svcli.evaluation.tasks.figures import accuracy, grouped, percent
-from svcli.evaluation.tasks.local_files import absent
+from svcli.evaluation.tasks.local_files import absent, first
 from svcli.evaluation.tasks.parquet import parquet_files, rows
 from svcli.evaluation.tasks.records import Record
 from svcli.evaluation.tasks.wording import SHORT
@@ -28,6 +28,7 @@ _PERCEPTION = (
 _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 _COLUMNS = ("question_id", "question", "answer", "category", "image")
 _SUFFIX = "Please answer yes or no."
+_ROOTS = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version", "MME_Benchmark")
 _ENDINGS = (".jpg", ".png", ".jpeg")
 
 
@@ -45,7 +46,8 @@ class Mme:
         " huggingface.co/datasets/lmms-lab/MME"
     )
     layout = (
-        "MME_Benchmark_release_version/ or what is in it, a folder for each of the 14 subtasks; or data/test-*.parquet"
+        "MME_Benchmark_release_version/, with or without MME_Benchmark/ in it, or a folder for each of the 14 subtasks;"
+        " or data/test-*.parquet"
     )
     splits: tuple[str, ...] = ("test",)
     metric = "perception"
@@ -54,8 +56,7 @@ class Mme:
     def items(self, folder: Path, split: str) -> Iterator[Item]:
         if split not in self.splits:
             raise absent(self, folder, split)
-        root = folder / "MME_Benchmark_release_version"
-        root = root if root.is_dir() else folder
+        root = first(folder, _ROOTS) or folder
         there = [name for name in (*_PERCEPTION, *_COGNITION) if (root / name).is_dir()]
         if there:
             for name in (*_PERCEPTION, *_COGNITION):

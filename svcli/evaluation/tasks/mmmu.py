@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from svcli.evaluation.task import Item, Judged
+from svcli.evaluation.task import Item, Judged, TaskError
 from svcli.evaluation.tasks.figures import accuracy, group_accuracies, percent
 from svcli.evaluation.tasks.local_files import absent
 from svcli.evaluation.tasks.mmmu_answers import is_right, letter_of
@@ -69,11 +69,13 @@ class Mmmu:
             raise absent(self, folder, split)
         shards = parquet_files(folder, (f"data/{split}-*.parquet", f"{split}-*.parquet"))
         if not shards:
-            shards = [
-                path for subject in sorted(_DOMAIN) for path in parquet_files(folder / subject, (f"{split}-*.parquet",))
-            ]
-        if not shards:
-            raise absent(self, folder, split)
+            of = {subject: parquet_files(folder / subject, (f"{split}-*.parquet",)) for subject in sorted(_DOMAIN)}
+            if not any(of.values()):
+                raise absent(self, folder, split)
+            missing = [subject for subject, found in of.items() if not found]
+            if missing:
+                raise TaskError(f"{folder}: the subject {missing[0]} is missing, without which the accuracy is another")
+            shards = [path for found in of.values() for path in found]
         for record in rows(shards, _COLUMNS):
             yield self._item(record, split)
 

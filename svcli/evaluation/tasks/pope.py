@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from svcli.evaluation.task import Item, Judged
+from svcli.evaluation.task import Item, Judged, TaskError
 from svcli.evaluation.tasks.figures import accuracy, grouped, percent
 from svcli.evaluation.tasks.local_files import absent, first, json_lines, pictures_folder
 from svcli.evaluation.tasks.parquet import parquet_files, rows
@@ -57,17 +57,24 @@ class Pope:
             if not all(full):
                 raise absent(self, folder, split)
             shards = [path for paths in full for path in paths]
+        absent_ones = set(wanted)
         for record in rows(shards, ("question_id", "question", "answer", "category", "image")):
             category = record.text("category")
             if category not in _CATEGORIES:
                 raise record.broken(f"no category {category}")
             if category in wanted:
+                absent_ones.discard(category)
                 yield _item(record, category, record.text("question"), record.picture("image"), record.text("answer"))
+        if absent_ones:
+            raise TaskError(f"{folder}: holds no questions of the category {min(absent_ones)}")
 
     def read(self, item: Item, said: str) -> str:
-        """evaluate.py: of the first sentence, without commas, a word No, no or not is a no, and all else a yes."""
+        """evaluate.py: of the first sentence, without commas, a word No, no or not is a no, and all else a yes.
+
+        What was said is stripped before, as in LLaVA's model_vqa_loader.py.
+        """
         del item
-        words = said.split(".")[0].replace(",", "").split(" ")
+        words = said.strip().split(".")[0].replace(",", "").split(" ")
         return "no" if {"No", "not", "no"} & set(words) else "yes"
 
     def score(self, item: Item, answer: str) -> float:

@@ -21,7 +21,9 @@ _LOW_GRADES = tuple(f"grade{number}" for number in range(1, 7))
 
 
 class ScienceQA:
-    """Asked as LLaVA-1.5 does (CQM-A, a single letter), judged as its eval_science_qa.py does.
+    """Asked as the llava_test_CQM-A.json of LLaVA-1.5's eval.zip does, judged as its eval_science_qa.py does.
+
+    That file is not what convert_sqa_to_llava.py writes, whose questions are of the first LLaVA.
 
     The default split has the test questions with a picture: LLaVA-1.5's paper prints it as SQA-I. Groups are those of
     the authors' tools/evaluate_acc.py: subjects, what beside the question there is, and school years.
@@ -106,8 +108,8 @@ def _item(key: str, record: Record, pictures: tuple[Path | bytes, ...] | None) -
     if not 0 <= answer < len(choices) <= len(_LETTERS):
         raise record.broken(f"the answer is number {answer} of {len(choices)} choices")
     hint, subject = record.optional("hint"), record.text("subject")
-    options = " ".join(f"({letter}) {each}" for letter, each in zip(_LETTERS, choices, strict=False))
-    question = f"Context: {hint.strip() or 'N/A'}\nQuestion: {record.text('question')}\nOptions: {options}\n"
+    lines = [f"Context: {hint.strip()}"] if hint.strip() else []
+    lines += [record.text("question"), *(f"{letter}. {each}" for letter, each in zip(_LETTERS, choices, strict=False))]
     context = [*(["TXT"] if hint else []), *(["IMG"] if pictures else [])] or ["NO"]
     groups = [
         _SUBJECTS.get(subject, subject),
@@ -115,4 +117,4 @@ def _item(key: str, record: Record, pictures: tuple[Path | bytes, ...] | None) -
         "G1-6" if record.text("grade") in _LOW_GRADES else "G7-12",
     ]
     truth = {"answer": _LETTERS[answer], "num_choices": len(choices), "groups": groups}
-    return Item(key, question.replace("  ", " ").strip() + LETTER, pictures or (), truth, groups[0])
+    return Item(key, "\n".join(lines).replace("  ", " ").strip() + LETTER, pictures or (), truth, groups[0])

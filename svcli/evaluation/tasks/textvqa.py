@@ -90,7 +90,9 @@ class TextVqa:
         if split not in self.unscored and len(truth) != _NUM_ANSWERS:
             raise record.broken(f"{len(truth)} answers, not {_NUM_ANSWERS}")
         seen = "" if words is None else f"\nReference OCR token: {', '.join(words)}"
-        return Item(record.text("question_id"), record.text("question") + seen + SHORT, pictures, truth)
+        # The files have questions in small letters; LLaVA's question file and lmms-eval ask them like this.
+        question = record.text("question").capitalize()
+        return Item(record.text("question_id"), question + seen + SHORT, pictures, truth)
 
 
 def _words(path: Path) -> dict[str, list[str]]:
