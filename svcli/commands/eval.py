@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -142,9 +142,14 @@ def _end(report: Report, out: Path, folder: Path, bundle: Path | None, wanted: W
     for what, path in {"Wrong answers": wanted.html, "Answers for the judge": wanted.export}.items():
         if path is not None and not wanted.as_json:
             ui.show(f"{what}: {path}")
-    if all(each.num_failed == len(each.lines) for each in report.answers):
-        ui.error(f'nothing could be asked; "error" in the files of {out} says why')
-        raise typer.Exit(FAILURE)
+    if all(each.all_failed for each in report.answers):
+        fail_unasked(out)
+
+
+def fail_unasked(out: Path) -> NoReturn:
+    """Ends the command: the folder has no answer."""
+    ui.error(f'nothing could be asked; "error" in the files of {out} says why')
+    raise typer.Exit(FAILURE)
 
 
 def _merge(folder: Path, data: Path | None, wanted: Wanted) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from svcli import ui
-from svcli.commands.eval import named_task, task_folder, task_split
+from svcli.commands.eval import fail_unasked, named_task, task_folder, task_split
 from svcli.commands.export import Precision
 from svcli.engines import EngineName
 from svcli.errors import UsageError
@@ -79,7 +79,7 @@ def sweep(
         raise UsageError(f"{chosen.name}, {name}: scored elsewhere, so that no setting can be chosen by it here")
     from svcli.evaluation.run import Shard, Work
     from svcli.evaluation.session import Session
-    from svcli.evaluation.sweep import choose, first_tokens, points, told
+    from svcli.evaluation.sweep import askable, asked, choose, first_tokens, points, told
     from svcli_export.manifest import DENSE
 
     bundle, manifest, variants = _graphs(source, settings, output, precision, overwrite=overwrite, quiet=quiet)
@@ -99,8 +99,10 @@ def sweep(
         is_quiet=quiet,
     )
     report = session.run(only=[*names, BLIND], baselines=None)
-    work = Work(chosen, folder, name, limit)
-    times = first_tokens(names, bundle, manifest, work, engine, threads, rounds) if rounds else {}
+    if not asked(report):
+        fail_unasked(output / _RESULTS)
+    items, names = askable(report, Work(chosen, folder, name, limit)), [each.name for each in asked(report)]
+    times = first_tokens(names, bundle, manifest, items, engine, threads, rounds) if rounds else {}
     found = points(report, manifest, times)
     choice = choose(found, within / 100, chosen.metric)
     content = told(found, choice, report)
