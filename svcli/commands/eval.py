@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from svcli import ui
+from svcli.answer_options import Engine, Threads
 from svcli.engines import EngineName
 from svcli.errors import FAILURE, UsageError
 from svcli.settings import bundled_model
@@ -68,8 +69,8 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="The bundle's answers as the task's judge or test server reads them."),
     ] = None,
-    engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    engine: Engine = EngineName.ONNXRUNTIME,
+    threads: Threads = None,
     listed: Annotated[
         bool, typer.Option("--list", help="The tasks: where their files come from, and which they need.")
     ] = False,

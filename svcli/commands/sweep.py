@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from svcli import ui
+from svcli.answer_options import Engine, Threads
 from svcli.commands.eval import fail_unasked, named_task, task_folder, task_split
 from svcli.commands.export import Precision
 from svcli.engines import EngineName
@@ -59,8 +60,8 @@ def sweep(
     precision: Annotated[
         Precision | None, typer.Option(metavar="KIND", help="Of graphs that are exported; a bundle's own, or int8.")
     ] = None,
-    engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    engine: Engine = EngineName.ONNXRUNTIME,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that is there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False,
