@@ -38,7 +38,7 @@ def documents(root: Path = ROOT) -> dict[str, str]:
 
 
 def lay_out(target: Path = PAGES, root: Path = ROOT) -> None:
-    """Write every page and what they show into the empty folder `target`. Raises LinkError."""
+    """Write every page and what they show into `target`, in place of all that was there. Raises LinkError."""
     shutil.rmtree(target, ignore_errors=True)
     pages = documents(root)
     for source, page in pages.items():

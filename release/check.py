@@ -61,7 +61,7 @@ def check(name: str, wheel: Path, folder: Path) -> tuple[str, str]:
         word, sentence = "ok", attempt(place)
     except UntriedError as untried:
         word, sentence = "PART", str(untried)
-    except (WrongError, OSError, ValueError, subprocess.TimeoutExpired) as wrong:
+    except (WrongError, OSError, ValueError, subprocess.SubprocessError) as wrong:
         return "FAIL", f"{wrong}"
     finally:
         shutil.rmtree(place.environment, ignore_errors=True)
@@ -85,7 +85,7 @@ def main() -> int:
         print("building sdist and wheel", flush=True)
         try:
             wheel = build(folder)
-        except WrongError as wrong:
+        except (WrongError, OSError, ValueError, subprocess.SubprocessError) as wrong:
             print(f"FAIL  {wrong}")
             return 1
         print(f"ok    {wheel.name}", flush=True)

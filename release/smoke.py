@@ -104,7 +104,10 @@ def serve(place: Place) -> str:
             expect(bool(json.load(answer)["choices"][0]["message"]["content"]), "an empty answer")
     finally:
         process.send_signal(signal.SIGTERM)
-        ended = process.wait(60)
+        try:
+            ended = process.wait(60)
+        finally:
+            process.kill()
     expect(ended in (0, 128 + signal.SIGTERM), f"after SIGTERM it ended with {ended}")
     return "starts, is healthy, answers, and ends after SIGTERM"
 

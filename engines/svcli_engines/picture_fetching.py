@@ -153,7 +153,8 @@ def _resolved(host: str, port: int, deadline: _Deadline) -> list[_Address]:
 
 def _allowed(addresses: list[_Address], limits: FetchLimits) -> list[_Address]:
     if not limits.allow_private and not all(is_public(address[0]) for _, address in addresses):
-        raise FetchError("its host has a private address, and nothing is fetched from those")
+        remedy = limits.private_remedy and f"; {limits.private_remedy}"
+        raise FetchError(f"its host has a private address, and nothing is fetched from those{remedy}")
     return addresses
 
 

@@ -19,6 +19,8 @@ class FetchLimits:
     num_redirects: int = 5
     allow_private: bool = False
     """Also from this machine, its network, and whatever else is no public address."""
+    private_remedy: str = ""
+    """How to allow that, for the message of a refusal; empty where whoever asks cannot."""
 
 
 def url_name(url: str) -> str:

@@ -51,6 +51,12 @@ def compare_reports(before: Report, after: Report, across: tuple[str, ...] = ())
     if unknown := [kind for kind in across if kind not in KINDS]:
         raise UsageError(f"--across {unknown[0]}: choose among {', '.join(KINDS)}")
     found = {kind: list(_differences(_identity(before)[kind], _identity(after)[kind])) for kind in KINDS}
+    others = {peer.name: peer.version for peer in after.peers}
+    found["versions"] += [
+        f"{peer.name} {peer.version} -> {others[peer.name]}"
+        for peer in before.peers
+        if others.get(peer.name, peer.version) != peer.version
+    ]
     unlike = {kind: each for kind, each in found.items() if each and kind not in across}
     if unlike:
         what = "; ".join(f"{kind}: {', '.join(each)}" for kind, each in unlike.items())

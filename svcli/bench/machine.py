@@ -10,7 +10,9 @@ from skipvision import __version__
 from svcli.bench.cpu import available_cores, cpu_model
 from svcli.bench.report import Machine
 
-_COUNTED = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "torch")
+_COUNTED = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "torch",
+)  # fmt: skip
 
 
 def machine(gpu: str | None = None) -> Machine:

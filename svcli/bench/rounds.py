@@ -13,11 +13,16 @@ PAUSE = 0.02
 
 
 class Rounds(Generic[Measured]):
-    """Turns by name. `taken` has whole rounds alone, those behind the warm-up, also where a run is broken off."""
+    """Turns by name."""
 
     def __init__(self, turns: Mapping[str, Callable[[], Measured]], *, warm_up: int) -> None:
-        self.taken: dict[str, list[Measured]] = {name: [] for name in turns}
         self._turns, self._warm_up = dict(turns), warm_up
+        self._whole: list[dict[str, Measured]] = []
+
+    @property
+    def taken(self) -> dict[str, list[Measured]]:
+        """By name. Whole rounds alone, those behind the warm-up, wherever a run was broken off."""
+        return {name: [found[name] for found in self._whole] for name in self._turns}
 
     def run(
         self,
@@ -34,6 +39,5 @@ class Rounds(Generic[Measured]):
                 found[name] = self._turns[name]()
                 sleep(PAUSE)
             if number >= self._warm_up:
-                for name, value in found.items():
-                    self.taken[name].append(value)
+                self._whole.append(found)
             progress(number + 1, self._warm_up + count)

@@ -7,7 +7,7 @@ from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
-from svcli.bench.contestants import Contestant, Graphs
+from svcli.bench.contestants import Contestant, Graphs, full_rows
 from svcli.bench.figures import compared
 from svcli.bench.report import Point, Roof
 from svcli.bench.rounds import Rounds
@@ -26,13 +26,13 @@ TOKENS = 16
 def check_context(sides: Mapping[str, Contestant], context: Sequence[int]) -> None:
     """Raises UsageError for prompts that are shorter than the question, or that leave no room for the steps."""
     for side in sides.values():
+        layout = side.prompt.layout
+        # What is put in are rows of text, all of which are kept.
+        room = full_rows(layout) + side.engine.capacity - layout.num_kept - TOKENS
         for num_rows in context:
-            _, layout = side.longer(num_rows)
-            if layout.num_kept + TOKENS > side.engine.capacity:
-                spare = side.engine.capacity - layout.num_kept - TOKENS
-                raise UsageError(
-                    f"--context {num_rows}: the KV cache of the {side.name} graphs has room for {num_rows + spare}"
-                )
+            if num_rows > room:
+                raise UsageError(f"--context {num_rows}: the KV cache of the {side.name} graphs has room for {room}")
+            side.longer(num_rows)
 
 
 def check_batch(graphs: Graphs, batch: Sequence[int]) -> None:

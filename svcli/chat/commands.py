@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,13 +97,17 @@ def add_pictures(desk: Desk, words: list[str]) -> None:
     desk.view.note(*(note for picture in found for note in picture.notes))
 
 
+def waiting_line(names: Sequence[str]) -> str:
+    """What pictures wait for."""
+    return f"{', '.join(names)}: {'goes' if len(names) == 1 else 'go'} with the next question"
+
+
 def _image(desk: Desk, rest: str) -> None:
     what, _, argument = rest.partition(" ")
     if what == "add" and argument:
         before = len(desk.session.waiting)
         add_pictures(desk, _words(argument))
-        names = ", ".join(picture.short_name for picture in desk.session.waiting[before:])
-        desk.view.tell(f"{names}: goes with the next question")
+        desk.view.tell(waiting_line([picture.short_name for picture in desk.session.waiting[before:]]))
     elif what == "rm" and argument:
         numbers = sorted({_number(word) for word in argument.split()}, reverse=True)
         if numbers[0] > len(desk.session.pictures):
@@ -130,8 +134,8 @@ def _clear(desk: Desk, rest: str) -> None:
     if rest not in ("", "all"):
         raise UsageError("/clear forgets what was said, /clear all the pictures, too")
     desk.session.clear(pictures=rest == "all")
-    kept = ", ".join(picture.short_name for picture in desk.session.waiting)
-    desk.view.tell("forgotten" + (f"; {kept} goes with the next question" if kept else ""))
+    kept = [picture.short_name for picture in desk.session.waiting]
+    desk.view.tell("forgotten" + (f"; {waiting_line(kept)}" if kept else ""))
 
 
 def _regen(desk: Desk, _rest: str) -> None:

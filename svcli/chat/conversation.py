@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from svcli.__main__ import INTERRUPTED
 from svcli.chat import facts
-from svcli.chat.commands import Desk, Leave, add_pictures, ask, command_of, question_of, run_command
+from svcli.chat.commands import Desk, Leave, add_pictures, ask, command_of, question_of, run_command, waiting_line
 from svcli.chat.opening import Opening
 from svcli.chat.reader import Reader, label
 from svcli.chat.session import Session
@@ -103,8 +103,7 @@ def _without_pictures(desk: Desk, line: str) -> str:
         return line
     add_pictures(desk, [str(path) for path in paths])
     if not rest.strip():
-        names = ", ".join(path.name for path in paths)
-        desk.view.tell(f"{names}: goes with the next question")
+        desk.view.tell(waiting_line([path.name for path in paths]))
     return rest
 
 

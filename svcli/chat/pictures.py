@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svcli.answer_options import PRIVATE_REMEDY
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -71,7 +73,7 @@ def open_pictures(words: Sequence[str], transparency: Transparency, *, allow_pri
     from svcli_engines.picture_sources import find_pictures
     from svcli_engines.picture_urls import FetchLimits
 
-    limits, found = FetchLimits(allow_private=allow_private), []
+    limits, found = FetchLimits(allow_private=allow_private, private_remedy=PRIVATE_REMEDY), []
     for word in words:
         for source in find_pictures(word):
             loaded = source.open(transparency, limits)

@@ -13,7 +13,19 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from svcli import ui
-from svcli.answer_options import Bundle, Engine, MaxNewTokens, PrivateUrls, Seed, Temperature, Threads, TopK, TopP
+from svcli.answer_options import (
+    PRIVATE_REMEDY,
+    Bundle,
+    Engine,
+    MaxNewTokens,
+    Parallel,
+    PrivateUrls,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 from svcli.engines import EngineName, open_pool
 from svcli.errors import UsageError
 from svcli.settings import bundled_model
@@ -45,10 +57,7 @@ def ask(
     ] = None,
     engine: Engine = EngineName.ONNXRUNTIME,
     threads: Threads = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Answers decoded side by side; as many as fit 1 GiB, up to 8."),
-    ] = None,
+    parallel: Parallel = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -84,10 +93,12 @@ def ask(
     total = sum(1 for _ in _rows(data))
     if total == 0:
         raise UsageError(f"{data}: holds no questions")
+    if output.exists() and output.samefile(data):
+        raise UsageError(f"--output {output} is DATA itself; choose another file")
     done, num_failed = (0, 0) if overwrite else _done(output, data, run)
     root = images or data.parent
 
-    limits = FetchLimits(allow_private=allow_private_urls)
+    limits = FetchLimits(allow_private=allow_private_urls, private_remedy=PRIVATE_REMEDY)
 
     def open_picture(place: str) -> Image.Image:
         if "://" in place or place.startswith("data:"):

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from svcli import completions, ui
+from svcli.answer_options import BundleArgument, Engine, Threads
 from svcli.engines import EngineName
 from svcli.errors import UsageError
 from svcli.settings import bundled_model
@@ -31,18 +32,15 @@ class RunUnlessNamed(TyperGroup):
 
 
 def run(
-    bundle: Annotated[
-        Path | None,
-        typer.Argument(metavar="BUNDLE", help="Bundle folder; the bundled model if left out."),
-    ] = None,
+    bundle: BundleArgument = None,
     pictures: Annotated[
         list[Path] | None, typer.Argument(metavar="PICTURE", help="Files; one that is drawn if left out.")
     ] = None,
     question: Annotated[
         str, typer.Option(metavar="TEXT", help="What is asked about them.")
     ] = "What is in the picture?",
-    engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    engine: Engine = EngineName.ONNXRUNTIME,
+    threads: Threads = None,
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="The side that skips; the bundle's own graphs if left out.")
     ] = None,

@@ -6,11 +6,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from svcli import ui
+from svcli.answer_options import Engine, Threads
 from svcli.engines import EngineName
 from svcli.errors import FAILURE, UsageError
 from svcli.settings import bundled_model
@@ -68,8 +69,8 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="The bundle's answers as the task's judge or test server reads them."),
     ] = None,
-    engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    engine: Engine = EngineName.ONNXRUNTIME,
+    threads: Threads = None,
     listed: Annotated[
         bool, typer.Option("--list", help="The tasks: where their files come from, and which they need.")
     ] = False,
@@ -142,9 +143,14 @@ def _end(report: Report, out: Path, folder: Path, bundle: Path | None, wanted: W
     for what, path in {"Wrong answers": wanted.html, "Answers for the judge": wanted.export}.items():
         if path is not None and not wanted.as_json:
             ui.show(f"{what}: {path}")
-    if all(each.num_failed == len(each.lines) for each in report.answers):
-        ui.error(f'nothing could be asked; "error" in the files of {out} says why')
-        raise typer.Exit(FAILURE)
+    if all(each.all_failed for each in report.answers):
+        fail_unasked(out)
+
+
+def fail_unasked(out: Path) -> NoReturn:
+    """Ends the command: the folder has no answer."""
+    ui.error(f'nothing could be asked; "error" in the files of {out} says why')
+    raise typer.Exit(FAILURE)
 
 
 def _merge(folder: Path, data: Path | None, wanted: Wanted) -> None:

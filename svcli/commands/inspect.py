@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from svcli import plan_tables, ui
+from svcli.answer_options import BundleArgument
 from svcli.remarks import dense_remarks
 from svcli.settings import bundled_model
 
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle folder; the bundled model if left out.")
-    ] = None,
+    bundle: BundleArgument = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Show what a bundle is made of.

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svcli import ui
-from svcli.answer_options import Engine, Threads
+from svcli.answer_options import (
+    BundleArgument,
+    Drain,
+    Engine,
+    MaxPixels,
+    MaxTokens,
+    Parallel,
+    Queue,
+    Threads,
+    Timeout,
+)
 from svcli.engines import EngineName
 from svcli.errors import FAILURE, UsageError
 from svcli.remarks import remarks
@@ -26,9 +36,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle folder; the bundled model if left out.")
-    ] = None,
+    model: BundleArgument = None,
     host: Annotated[
         str, typer.Option(metavar="NAME", help="Address to listen on; others than this machine's own need a key.")
     ] = "127.0.0.1",
@@ -44,27 +52,13 @@ def serve(
     ] = None,
     engine: Engine = EngineName.ONNXRUNTIME,
     threads: Threads = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1024,
-            metavar="N",
-            help="Answers at a time, each with a KV cache of its own; up to 8, as fit 1 GiB, or what plans are for.",
-        ),
-    ] = None,
-    queue: Annotated[
-        int, typer.Option(min=1, max=100_000, metavar="N", help="Questions that may wait; more are refused with 429.")
-    ] = 64,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="For one answer, waiting included.")
-    ] = 120.0,
-    drain: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="For ending what was taken, after SIGTERM or Ctrl-C.")
-    ] = 30.0,
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, whatever is asked for.")] = 1024,
+    parallel: Parallel = None,
+    queue: Queue = 64,
+    timeout: Timeout = 120.0,
+    drain: Drain = 30.0,
+    max_tokens: MaxTokens = 1024,
     max_body: Annotated[float, typer.Option(min=0.001, max=1024, metavar="MB", help="Largest request.")] = 32.0,
-    max_pixels: Annotated[float, typer.Option(min=0.01, max=100, metavar="MP", help="Largest picture.")] = 50.0,
+    max_pixels: MaxPixels = 50.0,
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Fetch pictures from public http(s) URLs that requests name.")
     ] = False,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from svcli import ui
-from svcli.commands.eval import named_task, task_folder, task_split
+from svcli.answer_options import Engine, Threads
+from svcli.commands.eval import fail_unasked, named_task, task_folder, task_split
 from svcli.commands.export import Precision
 from svcli.engines import EngineName
 from svcli.errors import UsageError
@@ -59,8 +60,8 @@ def sweep(
     precision: Annotated[
         Precision | None, typer.Option(metavar="KIND", help="Of graphs that are exported; a bundle's own, or int8.")
     ] = None,
-    engine: Annotated[EngineName, typer.Option(metavar="NAME", help="As in `svcli chat`.")] = EngineName.ONNXRUNTIME,
-    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")] = None,
+    engine: Engine = EngineName.ONNXRUNTIME,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that is there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False,
@@ -79,7 +80,7 @@ def sweep(
         raise UsageError(f"{chosen.name}, {name}: scored elsewhere, so that no setting can be chosen by it here")
     from svcli.evaluation.run import Shard, Work
     from svcli.evaluation.session import Session
-    from svcli.evaluation.sweep import choose, first_tokens, points, told
+    from svcli.evaluation.sweep import askable, asked, choose, first_tokens, points, told
     from svcli_export.manifest import DENSE
 
     bundle, manifest, variants = _graphs(source, settings, output, precision, overwrite=overwrite, quiet=quiet)
@@ -99,8 +100,10 @@ def sweep(
         is_quiet=quiet,
     )
     report = session.run(only=[*names, BLIND], baselines=None)
-    work = Work(chosen, folder, name, limit)
-    times = first_tokens(names, bundle, manifest, work, engine, threads, rounds) if rounds else {}
+    if not asked(report):
+        fail_unasked(output / _RESULTS)
+    items, names = askable(report, Work(chosen, folder, name, limit)), [each.name for each in asked(report)]
+    times = first_tokens(names, bundle, manifest, items, engine, threads, rounds) if rounds else {}
     found = points(report, manifest, times)
     choice = choose(found, within / 100, chosen.metric)
     content = told(found, choice, report)

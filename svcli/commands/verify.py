@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from svcli import ui
+from svcli.answer_options import BundleArgument
 from svcli.engines import EngineName, open_engine
 from svcli.errors import UsageError, explain
 from svcli.settings import bundled_model
@@ -31,9 +32,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 def verify(
-    bundle: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE", help="Bundle folder; the bundled model if left out.")
-    ] = None,
+    bundle: BundleArgument = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(

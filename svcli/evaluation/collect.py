@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from svcli.evaluation.results import Header, Line, ResultsError, difference, rea
 from svcli.evaluation.run import Shard
 from svcli.evaluation.task import Exports
 from svcli.evaluation.tasks.registry import TASKS
+from svcli.files import write
 
 SUMMARY = "summary.json"
 _ORDER = (SKIPPED, DENSE, "", *(name for name in BASELINES if name != DENSE))
@@ -63,9 +63,7 @@ def told(folder: Path) -> dict[str, str]:
 
 def write_summary(folder: Path, report: Report) -> None:
     """As JSON beside the answers."""
-    beside = folder / f"{SUMMARY}.{os.getpid()}"
-    beside.write_text(json.dumps(report.told(), indent=2) + "\n", encoding="utf-8")
-    beside.replace(folder / SUMMARY)
+    write(folder / SUMMARY, json.dumps(report.told(), indent=2) + "\n")
 
 
 def export_answers(report: Report, path: Path) -> None:

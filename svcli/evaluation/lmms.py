@@ -18,7 +18,7 @@ from PIL import Image
 from svcli.engines import EngineName
 from svcli.evaluation.askers import BundleAsker, own_name
 from svcli.settings import bundled_model
-from svcli_engines.base import EngineError
+from svcli_engines.base import EngineError, MachineError
 from svcli_engines.processor import PromptError
 from svcli_engines.sampling import Sampling
 from svcli_export.manifest import load_manifest
@@ -56,7 +56,10 @@ class Svcli(lmms):  # type: ignore[misc]
         self.asker = BundleAsker(asker or own_name(manifest), folder, manifest, EngineName(engine), threads)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer to each; an empty one, and a warning, where a question cannot be asked."""
+        """An answer to each; an empty one, and a warning, where a question cannot be asked.
+
+        Raises MachineError: what the machine lacks, no question is to blame for.
+        """
         return [self._generate(*each.args) for each in requests]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -79,6 +82,8 @@ class Svcli(lmms):  # type: ignore[misc]
         images = _images(pictures_of(self.task_dict[task][split][number]))
         try:
             answer = self.asker.ask(_PLACEHOLDER.sub("", context), images, sampling_of(settings)).text
+        except MachineError:
+            raise
         except (PromptError, EngineError) as error:
             _log.warning("%s, %s %s: not asked: %s", task, split, number, error)
             return ""

@@ -27,6 +27,7 @@ from svcli.evaluation.report import Report, figure
 from svcli.evaluation.results import Line
 from svcli.evaluation.run import Work
 from svcli.evaluation.task import Item
+from svcli.files import write
 from svcli_engines.overlay import OverlayError, mark_retained
 from svcli_export.manifest import Manifest, load_manifest
 
@@ -114,7 +115,7 @@ def write_page(path: Path, report: Report, folder: Path, bundle: Path | None) ->
         sentences=report.sentences(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", errors="replace")
+    write(path, page.encode("utf-8", "replace"))
 
 
 class _Painter:

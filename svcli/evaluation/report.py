@@ -34,6 +34,11 @@ class Answers:
         """Items that could not be asked, and count as wrong."""
         return sum(line.said is None for line in self.lines)
 
+    @property
+    def all_failed(self) -> bool:
+        """Whether nothing could be asked."""
+        return self.num_failed == len(self.lines)
+
     @cached_property
     def sample(self) -> Sample:
         return Sample(self.task, self.lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -16,8 +16,9 @@ from skipvision.pictures import open_image
 from svcli.engines import EngineName
 from svcli.evaluation.askers import BLIND, BundleAsker, own_name
 from svcli.evaluation.intervals import Interval
-from svcli.evaluation.report import Report
+from svcli.evaluation.report import Answers, Report
 from svcli.evaluation.run import Work
+from svcli.evaluation.task import Item
 from svcli_export.manifest import DENSE, Manifest, setting_text
 
 _WARM_UP = 1
@@ -34,8 +35,8 @@ class Point:
     figure: float
     """In the unit of the task's metric."""
     interval: Interval | None
-    over_dense: Interval | None
-    """On the same items; None of dense graphs themselves."""
+    over_best: Interval | None
+    """How much it is above the best figure, on the same items; None of the best one, or where it cannot be told."""
     visual_tokens: float
     """Means over items."""
     cached_rows: float
@@ -54,12 +55,17 @@ class Choice:
     reason: str
 
 
+def asked(report: Report) -> tuple[Answers, ...]:
+    """Who answers with a picture, but for those who could be asked nothing: they have neither a figure nor a cost."""
+    return tuple(each for each in report.answers if each.name != BLIND and not each.all_failed)
+
+
 def points(report: Report, manifest: Manifest, first_tokens: dict[str, float]) -> tuple[Point, ...]:
-    """Of all answers of a report but the blind ones, fewest FLOPs first."""
+    """Of all who were `asked`, fewest FLOPs first."""
+    answers = sorted(asked(report), key=lambda each: (each.mean("flops") or 0.0, -each.sample.value))
+    best = max(answers, key=lambda each: each.sample.value, default=None)
     found = []
-    for each in report.answers:
-        if each.name == BLIND:
-            continue
+    for each in answers:
         own = manifest if each.name == own_name(manifest) else manifest.variant(each.name)
         found.append(
             Point(
@@ -67,7 +73,7 @@ def points(report: Report, manifest: Manifest, first_tokens: dict[str, float]) -
                 asker=each.name,
                 figure=each.sample.value,
                 interval=each.interval,
-                over_dense=report.to_dense.get(each.name),
+                over_best=None if best is None or each is best else each.over(best),
                 visual_tokens=each.mean("visual_tokens") or 0.0,
                 cached_rows=each.mean("cached_rows") or 0.0,
                 flops=each.mean("flops") or 0.0,
@@ -76,7 +82,7 @@ def points(report: Report, manifest: Manifest, first_tokens: dict[str, float]) -
                 is_trained=own is manifest and (own.config.skip is None or own.config.skip_trained),
             )
         )
-    return tuple(sorted(found, key=lambda point: (point.flops, -point.figure)))
+    return tuple(found)
 
 
 def front(found: Sequence[Point]) -> tuple[Point, ...]:
@@ -90,49 +96,61 @@ def front(found: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def choose(found: Sequence[Point], within: float, metric: str) -> Choice:
-    """The fewest FLOPs among the settings whose figure is no more than `within`, a share, below the best one.
+    """The fewest FLOPs among the settings that are not shown to be more than `within`, a share, below the best figure.
 
-    Says so where the interval around the difference to dense graphs reaches further down than that.
+    The best of several figures is too high by chance, so the interval of the difference to it decides and not the
+    figures; these decide where there is no interval. `found`: not empty, the cheapest first, as of `points`.
     """
     best = max(found, key=lambda point: point.figure)
-    least = best.figure - within * abs(best.figure)
-    chosen = next(point for point in found if point.figure >= least)
-    reason = f"it has the fewest FLOPs of those within {within:.1%} of the best {metric}"
-    if chosen is not best:
+    margin = within * abs(best.figure)
+    chosen = next(point for point in found if _at_most(point) >= best.figure - margin)
+    if chosen is best:
+        reason = f"it has the best {metric}, and "
+        cheaper = f"every setting with fewer FLOPs is shown to be more than {within:.1%} lower"
+        reason += cheaper if best is not found[0] else "none has fewer FLOPs"
+    else:
+        reason = f"it has the fewest FLOPs of those not shown to be more than {within:.1%} below the best {metric}"
         reason += f", {chosen.figure:.4g} to {best.figure:.4g} of {_named(best)}"
+    over = chosen.over_best
+    if over is not None:
+        reason += f", a difference of {over.value:+.3g} ({over.low:+.3g} to {over.high:+.3g}) on the same items"
     dense = next((point for point in found if point.asker == DENSE), None)
     if dense is not None and chosen is not dense:
-        reason += f", {chosen.flops / dense.flops:.0%} of those of dense"
-        over = chosen.over_dense
-        if over is not None and over.low < -within * abs(dense.figure):
-            reason += (
-                f"; so few items leave open that it is {abs(over.low):.3g} below dense: ask more of them before you"
-                " rely on it"
-            )
+        reason += f"; it takes {chosen.flops / dense.flops:.0%} of the FLOPs of dense"
+    if over is not None and over.low < -margin:
+        reason += (
+            f"; so few items leave open that it is {abs(over.low):.3g} below: ask more of them before you rely on it"
+        )
     if not chosen.is_trained:
         reason += "; the model was not trained with it, so train it with this setting and look again"
     return Choice(chosen.setting, f"{reason}.")
+
+
+def askable(report: Report, work: Work) -> Iterator[Item]:
+    """Items with pictures that none of those who were `asked` failed at."""
+    failed = {line.item.id for each in asked(report) for line in each.lines if line.said is None}
+    return (item for item, _ in work.items() if item.pictures and item.id not in failed)
 
 
 def first_tokens(
     names: Sequence[str],
     bundle: Path,
     manifest: Manifest,
-    work: Work,
+    items: Iterable[Item],
     engine: EngineName,
     threads: int | None,
     rounds: int,
 ) -> dict[str, float]:
     """Median seconds from pixels to the first token of each, all of them in turn on the same pictures."""
-    items = list(islice((item for item, _ in work.items() if item.pictures), rounds + _WARM_UP))
+    shown = list(islice(items, rounds + _WARM_UP))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
         askers = []
         for name in names:
             askers.append(BundleAsker(name, bundle, manifest, engine, threads, keeps_pictures=False))
             stack.callback(askers[-1].close)
-        for number in range(rounds + _WARM_UP if items else 0):
-            item = items[number % len(items)]
+        for number in range(rounds + _WARM_UP if shown else 0):
+            item = shown[number % len(shown)]
             images: list[Image.Image] = [open_image(each, manifest.image.transparency).image for each in item.pictures]
             for asker in askers if number % 2 else reversed(askers):
                 said = asker.answer(item.question, images, 1)
@@ -165,6 +183,12 @@ def told(found: Sequence[Point], choice: Choice, report: Report) -> dict[str, An
         "choice": asdict(choice),
         "remarks": remarks(found, report),
     }
+
+
+def _at_most(point: Point) -> float:
+    """What its figure may as well be, the best one being what it is."""
+    over = point.over_best
+    return point.figure if over is None else point.figure + max(0.0, over.high - over.value)
 
 
 def _named(point: Point) -> str:

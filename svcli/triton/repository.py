@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -53,7 +54,13 @@ def write_model(bundle: Path, repository: Path, name: str, settings: Settings, *
         if settings.variant is not None:
             raise RepositoryError("plans are of a bundle's own graphs, not of a variant; choose another engine")
         files += _plan_files(bundle, backend)
-    write_directory(folder, partial(_write, bundle.resolve(), files, answering_config(name, settings)))
+    try:
+        write_directory(folder, partial(_write, bundle.resolve(), files, answering_config(name, settings)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # What was being copied is named first, and it is not there that room is missing.
+        raise OSError(error.errno, error.strerror, str(folder)) from None
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from svcli.bench.compare import compare_reports
-from svcli.bench.report import UnlikeError
+from svcli.bench.report import Peer, Report, UnlikeError
 from svcli.errors import UsageError
 from tests.bench.reports import STEADY, report
 
@@ -70,3 +70,17 @@ def test_parts_that_one_run_lacks_are_left_out() -> None:
     found = compare_reports(report(), report().model_copy(update={"batch": ()}))
     assert not any("batch" in line.title for line in found.lines)
     assert any("300 rows" in line.title for line in found.lines)
+
+
+def test_another_version_of_a_peer_is_a_difference() -> None:
+    def beside(version: str) -> Report:
+        found = report()
+        peer = Peer(
+            name="transformers", version=version, weights="fp32", rows=9, stages={"decode": found.stages["decode"]}
+        )
+        return found.model_copy(update={"peers": (peer,)})
+
+    with pytest.raises(UnlikeError, match=r"versions: transformers 5\.0 -> 5\.1"):
+        compare_reports(beside("5.0"), beside("5.1"))
+    for same in (beside("5.0"), report()):
+        assert compare_reports(beside("5.0"), same).differences == ()

@@ -7,12 +7,13 @@ import json
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from skipvision.config import ModelConfig, TextConfig, VisionConfig
+from skipvision.config import ModelConfig
 from skipvision.cost import decode_flops, prompt_cost
 from skipvision.layout import ImageSpan, TokenLayout
 from svcli.bench.energy import Counter, Nvml, NvmlError, counters, rapl
@@ -24,6 +25,7 @@ from svcli.bench.report import Roof
 from svcli.bench.roofs import cpu_roof, sheet_roof
 from svcli.bench.work import Weights, Work, decode_work, roof_seconds, stage_work, stored_weights
 from svcli_export.manifest import BundleError
+from tests.cli.conftest import TEXT, VISION
 
 
 def zone(folder: Path, name: str, microjoules: int) -> Path:
@@ -132,6 +134,19 @@ def test_the_machine_and_its_versions_are_named() -> None:
     assert {"svcli", "python", "numpy", "onnxruntime"} <= versions().keys()
 
 
+def test_versions_are_those_of_every_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "tensorrt": "10.14",
+        "tensorrt-cu13": "10.14",
+        "tensorrt-rtx-cu13": "1.2",
+        "onnxruntime-gpu": "1.31.1",
+        "other": "1",
+    }
+    there = [SimpleNamespace(name=name, version=version) for name, version in found.items()]
+    monkeypatch.setattr("svcli.bench.machine.distributions", lambda: there)
+    assert versions().keys() == {"svcli", "python", *found} - {"other"}
+
+
 def test_a_gpu_that_is_known_has_the_roof_of_its_data_sheet() -> None:
     found = sheet_roof("NVIDIA H200")
     assert found is not None
@@ -160,25 +175,6 @@ def test_a_measured_roof_says_how() -> None:
     assert found.source == "measured: a product of 1536 x 1536 in fp32 and a copy of 4 MiB, 1 threads"
 
 
-VISION = VisionConfig(
-    image_size=56,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    feature_layers=(1, 2),
-    select_layer=2,
-)
-TEXT = TextConfig(
-    vocab_size=320,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    tie_embeddings=False,
-)
 CONFIG = ModelConfig(VISION, TEXT, None)
 LAYOUT = TokenLayout((3, ImageSpan.of(CONFIG), 4))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,25 @@ from svcli_export.bundle import export_bundle
 
 ROOT = Path(__file__).parents[2]
 SENTENCES = ["What is this?", "A red ball is left of the blue dog.", "How many cups are there?"]
+VISION = VisionConfig(
+    image_size=56,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    feature_layers=(1, 2),
+    select_layer=2,
+)
+TEXT = TextConfig(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    tie_embeddings=False,
+)
 
 
 @pytest.fixture(scope="session")
@@ -25,26 +45,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that never ends its answer, and says nothing but letters."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(SENTENCES, 320)
-    vision = VisionConfig(
-        image_size=56,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=2,
-        feature_layers=(1, 2),
-        select_layer=2,
-    )
-    text = TextConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        tie_embeddings=False,
-    )
-    model = SkipVisionModel(ModelConfig(vision, text, SkipConfig(num_retained=4, num_skipped=4)))
+    text = replace(TEXT, vocab_size=tokenizer.get_vocab_size())
+    model = SkipVisionModel(ModelConfig(VISION, text, SkipConfig(num_retained=4, num_skipped=4)))
     initialise(model)
     with torch.no_grad():
         for token, number in tokenizer.get_vocab().items():

@@ -99,7 +99,7 @@ def test_a_row_that_fails_is_told_and_passed_over(bundle: Path, pictures: list[s
         4: "no question",
         5: "3 pictures are more than the 2",
         6: "not a JSON object",
-        7: "private",
+        7: "private address, and nothing is fetched from those; --allow-private-urls allows it",
         9: "no place for a system",
         10: "not JSON",
         11: "not UTF-8",
@@ -149,6 +149,17 @@ def test_nothing_to_ask_is_an_error(bundle: Path, tmp_path: Path) -> None:
     assert "holds no questions" in ask(empty, output, "--model", bundle, code=2).stderr
     assert "no such file" in ask(tmp_path / "none.jsonl", output, "--model", bundle, code=2).stderr
     assert not output.exists()
+
+
+def test_questions_are_never_overwritten_by_their_answers(bundle: Path, pictures: list[str], tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"image": pictures[0], "question": "what?"}])
+    before = data.read_bytes()
+    linked = tmp_path / "linked.jsonl"
+    linked.symlink_to(data)
+    for output in (data, linked):
+        done = ask(data, output, "--model", bundle, *SHORT, "--overwrite", code=2)
+        assert "is DATA itself" in done.stderr
+    assert data.read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -177,6 +177,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         (["--batch", "4096"], "1024 is the most"),
         (["--context", "5"], "--context 5: the prompt alone has"),
         (["--context", "90"], "has room for 80"),
+        (["--context", "9" * 18], "has room for 80"),
         (["--alone", "--dense", "x"], "name one of them"),
         (["--variant", "7/7"], "no variant '7/7'"),
         (["--json", "missing/a.json"], "no such folder"),

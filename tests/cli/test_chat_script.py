@@ -104,6 +104,20 @@ def test_undo_gives_the_pictures_back_and_clear_forgets_what_was_said(bundle: Pa
     assert bare["tokens"]["visual_full"] == 0
 
 
+def test_one_picture_goes_with_the_next_question_and_several_go(bundle: Path, picture: Path) -> None:
+    added = f"/image add {picture} {picture}\n{QUESTION}\n/clear\n/image rm 1\n/clear\n"
+    told = script(bundle, lines=added).stderr.splitlines()
+    several = f"{picture.name}, {picture.name}: go with the next question"
+    assert several in told
+    assert f"forgotten; {several}" in told
+    assert f"forgotten; {picture.name}: goes with the next question" in told
+
+
+def test_a_url_that_is_refused_for_its_address_names_the_option(bundle: Path) -> None:
+    done = script(bundle, "http://127.0.0.1:9/x.png", lines=f"{QUESTION}\n", code=2)
+    assert "--allow-private-urls" in done.stderr
+
+
 def test_regen_answers_the_same_question_again(bundle: Path, picture: Path) -> None:
     first, second, third = turns(bundle, picture, "--temperature", "5", lines=f"{QUESTION}\n/regen\nand?\n")
     assert second["question"] == QUESTION

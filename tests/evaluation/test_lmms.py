@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from svcli_engines.base import MachineError
 from tests.optional import missing
 
 if sys.version_info >= (3, 11):
@@ -113,6 +114,18 @@ def test_a_question_that_cannot_be_asked_is_said(stand_in: Any, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         assert model.generate_until([request("word " * 2000, {})]) == [""]
     assert "counted, test 0: not asked: the conversation needs" in caplog.text
+
+
+def test_a_machine_that_fails_is_no_wrong_answer(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stand_in.Svcli(asker="blind", threads=1)
+    model.task_dict = {"counted": {"test": [{"image": None}]}}
+
+    def fail(*_: object) -> None:
+        raise MachineError("no memory left on the GPU")
+
+    monkeypatch.setattr(model.asker, "ask", fail)
+    with pytest.raises(MachineError, match="no memory"):
+        model.generate_until([SimpleNamespace(args=(ASKED, {}, lambda _: [], 0, "counted", "test"))])
 
 
 def test_what_is_not_there_is_refused(stand_in: Any) -> None:

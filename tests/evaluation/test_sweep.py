@@ -23,19 +23,21 @@ from svcli.evaluation.intervals import Interval
 from svcli.evaluation.report import Report
 from svcli.evaluation.results import Line
 from svcli.evaluation.run import Work
-from svcli.evaluation.sweep import Point, choose, first_tokens, front, remarks
+from svcli.evaluation.sweep import Point, askable, asked, choose, first_tokens, front, points, remarks
 from svcli.evaluation.task import Item
 from svcli.evaluation.tasks.registry import TASKS
 from svcli.plots import draw_sweep
+from svcli_engines.base import EngineError
 from svcli_export.manifest import load_manifest
 from tests.export.tiny import tiny_checkpoint
 
 SHAPES = ("bundled", "--split", "shapes", "--limit", "4", "--rounds", "0", "--threads", "1", "--precision", "fp32")
 
 
-def point(setting: str, figure: float, flops: float, low: float | None = None) -> Point:
+def point(setting: str, figure: float, flops: float, low: float | None = None, high: float = 0.0) -> Point:
+    """`low` and `high`: of the difference to the best figure, which is 100 where they are given."""
     asker = "dense" if setting == "off" else setting.replace("/", "-")
-    over = None if low is None else Interval(figure - 100, low, 0.0, "bootstrap over pictures")
+    over = None if low is None else Interval(figure - 100, low, high, "bootstrap over pictures")
     return Point(setting, asker, figure, None, over, 0.0, 0.0, flops, None, True)
 
 
@@ -56,22 +58,96 @@ def swept(checkpoint: Path) -> Path:
     return checkpoint.with_name("out")
 
 
-def test_the_cheapest_of_those_near_the_best_is_chosen() -> None:
+def test_without_intervals_the_cheapest_of_those_near_the_best_is_chosen() -> None:
     found = (point("8/4", 60.0, 1.0), point("16/8", 78.9, 2.0), point("32/8", 79.3, 3.0), point("off", 80.0, 4.0))
     assert choose(found, 0.01, "accuracy").setting == "32/8"
     assert choose(found, 0.02, "accuracy").setting == "16/8"
     assert choose(found, 0.0, "accuracy").setting == "off"
     assert choose(found, 1.0, "accuracy").setting == "8/4"
     reason = choose(found, 0.01, "accuracy").reason
-    assert "within 1.0% of the best accuracy, 79.3 to 80 of dense, 75% of those of dense" in reason
+    assert "more than 1.0% below the best accuracy, 79.3 to 80 of dense; it takes 75% of the FLOPs of dense" in reason
+
+
+def test_what_is_lower_by_chance_alone_is_no_reason_to_take_a_dearer_setting() -> None:
+    """The figure of 16/8 is three percent below the best one, and its interval says that it may be as good."""
+    found = (
+        point("8/4", 90.0, 1.0, low=-14.0, high=-6.0),
+        point("16/8", 97.0, 2.0, low=-7.0, high=0.5),
+        point("32/8", 99.5, 3.0, low=-1.5, high=0.5),
+        point("off", 100.0, 4.0),
+    )
+    choice = choose(found, 0.01, "accuracy")
+    assert choice.setting == "16/8"
+    assert "97 to 100 of dense, a difference of -3 (-7 to +0.5) on the same items" in choice.reason
+    lower = replace(found[1], over_best=Interval(-3.0, -4.5, -1.5, "bootstrap over pictures"))
+    assert choose((found[0], lower, *found[2:]), 0.01, "accuracy").setting == "32/8"
+    assert choose((found[0], lower, *found[2:]), 0.02, "accuracy").setting == "16/8"
+    best = choose((found[0], found[3]), 0.01, "accuracy")
+    assert best.setting == "off"
+    assert best.reason.startswith("it has the best accuracy, and every setting with fewer FLOPs is shown to be more")
+    assert choose(found[3:], 0.01, "accuracy").reason == "it has the best accuracy, and none has fewer FLOPs."
 
 
 def test_what_few_items_leave_open_is_said() -> None:
     found = (point("32/8", 99.5, 3.0, low=-6.5), point("off", 100.0, 4.0))
-    assert "leave open that it is 6.5 below dense" in choose(found, 0.01, "accuracy").reason
+    assert "leave open that it is 6.5 below" in choose(found, 0.01, "accuracy").reason
     assert "leave open" not in choose((point("32/8", 99.5, 3.0, low=-0.9), found[1]), 0.01, "accuracy").reason
     untrained = replace(found[0], is_trained=False)
     assert "the model was not trained with it" in choose((untrained, found[1]), 0.01, "accuracy").reason
+
+
+def answered(right: Sequence[bool], flops: int, failed: Sequence[int] = ()) -> list[Line]:
+    """A line of each item, of which those in `failed` could not be asked."""
+    found = []
+    for number, each in enumerate(right):
+        item, key = Item(f"{number:04}", "?", (), None, "colour"), str(number)
+        said = None if number in failed else Said("", 1, 1, flops, 1.0, ())
+        found.append(Line(item, key, said, "", float(each and said is not None)))
+    return found
+
+
+def test_settings_are_held_against_the_best_one_on_the_same_items(swept: Path) -> None:
+    """Of 100 items 2-3 has 30 wrong that the best one has right; 8-4 has 6 wrong, and 4 more right."""
+    manifest = load_manifest(swept / "bundle")
+    right = {
+        "skipped": [number < 90 for number in range(100)],
+        "2-3": [number < 60 for number in range(100)],
+        "8-4": [6 <= number < 94 for number in range(100)],
+        "dense": [False] * 100,
+    }
+    costs = {"2-3": 1, "8-4": 2, "skipped": 3, "dense": 4}
+    report = Report.of(
+        TASKS["bundled"],
+        "shapes",
+        {name: answered(each, costs[name], range(100) if name == "dense" else ()) for name, each in right.items()},
+        100,
+    )
+    found = points(report, manifest, {})
+    assert [each.asker for each in found] == ["2-3", "8-4", "skipped"], "what could not be asked has no cost"
+    assert found[2].over_best is None
+    lower, same = found[0].over_best, found[1].over_best
+    assert lower is not None
+    assert lower.high < -15
+    assert same is not None
+    assert same.low < 0 < same.high
+    assert choose(found, 0.01, "accuracy").setting == "8/4"
+
+
+def test_first_tokens_are_timed_on_what_everybody_could_be_asked(tmp_path: Path) -> None:
+    work = Work(TASKS["bundled"], tmp_path, "shapes", 5)
+    items = [item for item, _ in work.items()]
+    assert all(item.pictures for item in items)
+
+    def lines(failed: Sequence[int]) -> list[Line]:
+        said = Said("", 1, 1, 1, 1.0, ())
+        return [
+            Line(item, str(number), None if number in failed else said, "", 0.0) for number, item in enumerate(items)
+        ]
+
+    by_asker = {"skipped": lines([1]), "8-4": lines([3]), "dense": lines(range(5)), "blind": lines([4])}
+    report = Report.of(TASKS["bundled"], "shapes", by_asker, 5)
+    assert [each.name for each in asked(report)] == ["skipped", "8-4"]
+    assert [item.id for item in askable(report, work)] == [items[number].id for number in (0, 2, 4)]
 
 
 @pytest.mark.parametrize(("right", "is_useless"), [(2, True), (3, False)])
@@ -161,22 +237,23 @@ def test_a_bundle_that_has_the_graphs_needs_no_export(swept: Path, tmp_path: Pat
 def test_first_tokens_are_timed_in_turn_and_encode_each_time(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, int]] = []
+    timed: list[tuple[str, int]] = []
     answer = BundleAsker.answer
 
     def noted(self: BundleAsker, question: str, images: Sequence[Image.Image], max_new_tokens: int) -> object:
         said = answer(self, question, images, max_new_tokens)
-        asked.append((self.name, self._visuals.num_misses))
+        timed.append((self.name, self._visuals.num_misses))
         return said
 
     monkeypatch.setattr(BundleAsker, "answer", noted)
     bundle = swept / "bundle"
     work = Work(TASKS["bundled"], tmp_path, "shapes", 1)
-    found = first_tokens(["skipped", "dense"], bundle, load_manifest(bundle), work, EngineName.ONNXRUNTIME, 1, 2)
+    items = [item for item, _ in work.items()]
+    found = first_tokens(["skipped", "dense"], bundle, load_manifest(bundle), items, EngineName.ONNXRUNTIME, 1, 2)
     assert set(found) == {"skipped", "dense"}
     assert all(seconds > 0 for seconds in found.values())
-    assert [name for name, _ in asked] == ["dense", "skipped", "skipped", "dense", "dense", "skipped"]
-    assert max(count for _, count in asked) == 3, "a picture that is kept would be timed as none"
+    assert [name for name, _ in timed] == ["dense", "skipped", "skipped", "dense", "dense", "skipped"]
+    assert max(count for _, count in timed) == 3, "a picture that is kept would be timed as none"
 
 
 @pytest.mark.parametrize(
@@ -196,3 +273,15 @@ def test_bad_arguments_end_in_a_sentence(
     assert done.exit_code == 2
     assert sentence in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_that_cannot_be_asked_ends_in_a_sentence(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise EngineError("no")
+
+    monkeypatch.setattr(BundleAsker, "answer", refuse)
+    done = sweep(swept / "bundle", *SHAPES, "--quiet", "-o", tmp_path, code=1)
+    assert "nothing could be asked" in done.stderr
+    assert not (tmp_path / "sweep.json").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -232,6 +234,26 @@ def test_the_repository_holds_all_that_triton_needs(tmp_path: Path) -> None:
     model = {f"{NAME}/config.pbtxt", f"{NAME}/1/model.py"}
     assert files == model | {f"{NAME}/1/bundle/{name}" for name in bundle}
     load_manifest(tmp_path / NAME / "1" / "bundle")
+
+
+def test_the_bundled_model_is_written_where_none_is_named(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["triton", "-o", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / bundled_model().name}\n")
+
+
+def test_a_disk_that_is_full_is_the_one_that_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, _place: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+
+    def copy(source: Path, place: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(place))
+
+    monkeypatch.setattr("svcli.triton.repository.os.link", link)
+    monkeypatch.setattr("svcli.triton.repository.shutil.copyfile", copy)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_model(bundled_model(), tmp_path, NAME, Settings())
+    assert caught.value.filename == str(tmp_path / NAME)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_are_on_the_disk_once(tmp_path: Path) -> None:
