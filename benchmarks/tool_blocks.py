@@ -111,7 +111,7 @@ def sweep() -> str:
         [
             _setting(each),
             _interval(each["interval"]),
-            "" if each["over_dense"] is None else _points(each["over_dense"]),
+            "" if each["over_best"] is None else _points(each["over_best"]),
             f"{each['visual_tokens']:.0f}",
             f"{each['cached_rows']:.0f}",
             f"{each['flops'] / 1e9:.1f}",
@@ -120,7 +120,7 @@ def sweep() -> str:
         ]
         for each in held["settings"]
     ]
-    header = ["", "right answers", "above dense", "visual tokens", "KV rows", "GFLOPs", "first token", "front"]
+    header = ["", "right answers", "above the best", "visual tokens", "KV rows", "GFLOPs", "first token", "front"]
     return table(header, rows) + (
         f"\n\n`svcli sweep` chooses **{held['choice']['setting']}**: {held['choice']['reason']} FLOPs and first token"
         f" include the encoder, which skips nothing. {' '.join(held['remarks'])} {on_machine(found)}."

@@ -96,34 +96,43 @@ def front(found: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def choose(found: Sequence[Point], within: float, metric: str) -> Choice:
-    """The fewest FLOPs among the settings that are not shown to be more than `within`, a share, below the best figure.
+    """The fewest FLOPs among the settings whose figure is at most `within`, a share, below the best one.
 
-    The best of several figures is too high by chance, so the interval of the difference to it decides and not the
-    figures; these decide where there is no interval. `found`: not empty, the cheapest first, as of `points`.
+    Figures decide. Intervals of the differences to the best one say what chance leaves open: that the chosen setting is
+    further below, and that a cheaper one is not. `found`: not empty, the cheapest first, as of `points`.
     """
     best = max(found, key=lambda point: point.figure)
     margin = within * abs(best.figure)
-    chosen = next(point for point in found if _at_most(point) >= best.figure - margin)
-    if chosen is best:
-        reason = f"it has the best {metric}, and "
-        cheaper = f"every setting with fewer FLOPs is shown to be more than {within:.1%} lower"
-        reason += cheaper if best is not found[0] else "none has fewer FLOPs"
-    else:
-        reason = f"it has the fewest FLOPs of those not shown to be more than {within:.1%} below the best {metric}"
+    chosen = next(point for point in found if point.figure >= best.figure - margin)
+    if chosen is not best:
+        reason = f"it has the fewest FLOPs of those at most {within:.1%} below the best {metric}"
         reason += f", {chosen.figure:.4g} to {best.figure:.4g} of {_named(best)}"
+    elif best is found[0]:
+        reason = f"it has the best {metric}, and none has fewer FLOPs"
+    else:
+        reason = f"it has the best {metric}, and every setting with fewer FLOPs is more than {within:.1%} lower"
     over = chosen.over_best
     if over is not None:
         reason += f", a difference of {over.value:+.3g} ({over.low:+.3g} to {over.high:+.3g}) on the same items"
     dense = next((point for point in found if point.asker == DENSE), None)
     if dense is not None and chosen is not dense:
         reason += f"; it takes {chosen.flops / dense.flops:.0%} of the FLOPs of dense"
-    if over is not None and over.low < -margin:
-        reason += (
-            f"; so few items leave open that it is {abs(over.low):.3g} below: ask more of them before you rely on it"
-        )
+    if left_open := _left_open(found[: found.index(chosen)], over, margin, within):
+        reason += f"; so few items leave open {left_open}: ask more of them before you rely on it"
     if not chosen.is_trained:
         reason += "; the model was not trained with it, so train it with this setting and look again"
     return Choice(chosen.setting, f"{reason}.")
+
+
+def _left_open(cheaper: Sequence[Point], over: Interval | None, margin: float, within: float) -> str:
+    """What may be otherwise than the figures have it."""
+    said = []
+    if over is not None and over.low < -margin:
+        said.append(f"that it is {abs(over.low):.3g} below")
+    as_good = [each.setting for each in cheaper if each.over_best is not None and each.over_best.high >= -margin]
+    if as_good:
+        said.append(f"that {' or '.join(as_good)} is no more than {within:.1%} below")
+    return ", and ".join(said)
 
 
 def askable(report: Report, work: Work) -> Iterator[Item]:
@@ -183,12 +192,6 @@ def told(found: Sequence[Point], choice: Choice, report: Report) -> dict[str, An
         "choice": asdict(choice),
         "remarks": remarks(found, report),
     }
-
-
-def _at_most(point: Point) -> float:
-    """What its figure may as well be, the best one being what it is."""
-    over = point.over_best
-    return point.figure if over is None else point.figure + max(0.0, over.high - over.value)
 
 
 def _named(point: Point) -> str:
