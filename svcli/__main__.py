@@ -40,7 +40,11 @@ def _main() -> None:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        app(prog_name="svcli")
+        try:
+            app(prog_name="svcli")
+        finally:
+            # What help and versions have left there would else be written, and fail, when nobody can tell it any more.
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except ImportError as error:
@@ -53,11 +57,17 @@ def _main() -> None:
         lacks = "is needed and not installed" if isinstance(error, ModuleNotFoundError) else "cannot be imported"
         sys.stderr.write(f"Error: {what} {lacks}: pip install --force-reinstall svcli\n")
         sys.exit(MACHINE)
-    except BrokenPipeError:
-        from svcli.errors import BROKEN_PIPE, silence_stdout
+    except OSError as error:
+        # Of the texts that no command writes; commands tell their own.
+        from svcli import ui
+        from svcli.errors import BROKEN_PIPE, explain, silence_stdout
 
         silence_stdout()
-        sys.exit(BROKEN_PIPE)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(BROKEN_PIPE)
+        message, code = explain(error)
+        ui.error(message)
+        sys.exit(code)
 
 
 def _nowhere(mode: Literal["r", "w"]) -> TextIO:

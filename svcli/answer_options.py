@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from svcli import completions
 from svcli.engines import EngineName
 
 _BUNDLE = "Bundle folder; the bundled model if left out."
-Bundle = Annotated[Path | None, typer.Option(metavar="BUNDLE", help=_BUNDLE)]
-BundleArgument = Annotated[Path | None, typer.Argument(metavar="BUNDLE", help=_BUNDLE)]
+Bundle = Annotated[Path | None, typer.Option(metavar="BUNDLE", help=_BUNDLE, autocompletion=completions.bundles)]
+BundleArgument = Annotated[
+    Path | None, typer.Argument(metavar="BUNDLE", help=_BUNDLE, autocompletion=completions.bundles)
+]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one per core if left out.")]
 Engine = Annotated[EngineName, typer.Option(metavar="NAME", help="What runs the bundle, as for `svcli chat`.")]
 Temperature = Annotated[float, typer.Option(metavar="T", help="0: always the likeliest token.")]

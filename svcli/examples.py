@@ -107,17 +107,16 @@ USAGES: dict[str, Usage] = {
             ),
         ),
     ),
-    "bench": Usage(
-        "Time each stage of an answer, with skipping and without.",
-        (
-            ("the bundled model, on a picture that is drawn", "svcli bench"),
-            ("your own, as a page with plots", "svcli bench my-bundle photo.jpg --html bench.html"),
-            ("two runs against each other", "svcli bench compare before.json after.json"),
-        ),
-    ),
+    # Its help is that of `run`.
+    "bench": Usage("Time each stage of an answer, with skipping and without.", ()),
     "run": Usage(
         "Time each stage, which is what `svcli bench BUNDLE` does.",
-        (("with every round kept, to compare later", "svcli bench run my-bundle --json before.json"),),
+        (
+            ("the bundled model, on a picture that is drawn", "svcli bench run"),
+            ("your own, as a page with plots", "svcli bench run my-bundle photo.jpg --html bench.html"),
+            ("also side by side, and behind longer prompts", "svcli bench run --batch 1,2,4 --context 300,600"),
+            ("with every round kept, to compare later", "svcli bench run my-bundle --json before.json"),
+        ),
     ),
     "compare": Usage(
         "Hold two runs against each other.",

@@ -34,9 +34,11 @@ def parse_setting(preset: str | None, skip: str | None) -> Setting | tuple[int, 
     return PRESETS[preset]
 
 
-def parse_variants(texts: Sequence[str]) -> dict[str, Setting | tuple[int, int] | Literal["off"]]:
+def parse_variants(
+    texts: Sequence[str], option: str = "--variant"
+) -> dict[str, Setting | tuple[int, int] | Literal["off"]]:
     """Skip settings by the names that they have in a bundle: of `dense`, `44/69`, or one of the paper's. `off` and
-    44-69 are taken too. Raises UsageError."""
+    44-69 are taken too. Raises UsageError, which names `option`."""
     from skipvision.presets import PRESETS
     from svcli_export.manifest import DENSE, variant_name
 
@@ -52,7 +54,7 @@ def parse_variants(texts: Sequence[str]) -> dict[str, Setting | tuple[int, int] 
             found[name] = int(counts[1]), int(counts[2])
         else:
             raise UsageError(
-                f"--variant {text}: choose dense, RETAINED/SKIPPED, such as 64/64, or one of {', '.join(PRESETS)}"
+                f"{option} {text}: choose dense, RETAINED/SKIPPED, such as 64/64, or one of {', '.join(PRESETS)}"
             )
     return found
 

@@ -74,14 +74,21 @@ def show(line: str) -> None:
 
 def welcome(greeting: str, first_steps: Sequence[tuple[str, str]], more: str) -> None:
     """A greeting, what to try first (commands, and what each is for), and where there is more."""
+    from rich.padding import Padding
+
     console = stdout()
     console.print(greeting, end="\n\n")
     width = max(len(command) for command, _ in first_steps)
     beside = console.width >= width + max(len(purpose) for _, purpose in first_steps) + 5
     for command, purpose in first_steps:
-        console.print(f"  {command:{width}}", style="bold", end="   " if beside else "\n    ", soft_wrap=True)
-        console.print(purpose, style="dim", soft_wrap=True)
-    console.print(f"\n{more}", soft_wrap=True)
+        console.print(
+            f"  {command:{width}}" if beside else f"  {command}",
+            style="bold",
+            end="   " if beside else "\n",
+            soft_wrap=True,
+        )
+        console.print(purpose if beside else Padding(purpose, (0, 0, 0, 4), expand=False), style="dim")
+    console.print(f"\n{more}")
 
 
 def pairs(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:

@@ -46,6 +46,10 @@ def open_session(
     else, as the CPU computes in fp32, ONNX Runtime makes all of them fp32 while loading, twice as large as the file.
 
     Raises ProviderError for `cuda` where it cannot be had, or a graph that this ONNX Runtime cannot open."""
+    try:
+        str(graph).encode()
+    except UnicodeEncodeError:
+        raise ProviderError(f"{graph}: ONNX Runtime opens no path that is not UTF-8; rename the folder") from None
     _give_memory_back()
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY

@@ -28,6 +28,7 @@ from svcli.answer_options import (
 )
 from svcli.engines import EngineName, open_pool
 from svcli.errors import UsageError
+from svcli.files import naming
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def ask(
     from svcli_export.manifest import load_manifest
 
     if not data.is_file():
-        raise UsageError(f"{data}: no such file")
+        raise UsageError(f"{data}: {'not a file of lines' if data.exists() else 'no such file'}")
     sampling = Sampling(temperature, top_k, top_p, seed, max_new_tokens)
     bundle = model or bundled_model()
     manifest = load_manifest(bundle, quick=True)
@@ -108,7 +109,7 @@ def ask(
         return source.open(manifest.image.transparency, limits).image
 
     progress = ui.Progress(is_quiet=quiet)
-    with progress, output.open("wb" if overwrite else "ab") as file:
+    with progress, naming(output), output.open("wb" if overwrite else "ab") as file:
         if done:
             progress.log(f"{done} of {total} rows are answered already")
         if done == total:

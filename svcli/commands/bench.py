@@ -26,9 +26,18 @@ class RunUnlessNamed(TyperGroup):
     """`svcli bench BUNDLE` is `svcli bench run BUNDLE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in self.commands:
+        # While a shell completes the first word, it may still become a command.
+        if not (ctx.resilient_parsing and not args) and (not args or args[0] not in self.commands):
             args = [_RUN, *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Commands, and what may stand behind `run`."""
+        command = self.commands[_RUN]
+        inner = command.make_context(_RUN, [], parent=ctx, resilient_parsing=True)
+        if incomplete.startswith("-"):
+            return command.shell_complete(inner, incomplete)
+        return [*super().shell_complete(ctx, incomplete), *command.params[0].shell_complete(inner, incomplete)]
 
 
 def run(
@@ -42,7 +51,12 @@ def run(
     engine: Engine = EngineName.ONNXRUNTIME,
     threads: Threads = None,
     variant: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The side that skips; the bundle's own graphs if left out.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The side that skips; the bundle's own graphs if left out.",
+            autocompletion=completions.bundle_variants,
+        ),
     ] = None,
     dense: Annotated[
         Path | None,
@@ -83,11 +97,10 @@ def run(
     bench compare A.json B.json` holds two runs against each other. Ctrl-C ends it with the rounds that are done.
     """
     from svcli.bench.contestants import ask, sides
-    from svcli.bench.files import check_targets
     from svcli.bench.measure import Plan, measure
     from svcli.bench.page import page
     from svcli.bench.report import as_csv, as_json
-    from svcli.files import write
+    from svcli.files import check_targets, write
 
     written = {"json": json_file, "csv": csv_file, "html": html_file}
     check_targets([path for path in written.values() if path is not None])
@@ -121,7 +134,11 @@ def compare(
     after: Annotated[Path, typer.Argument(metavar="B.json", help="The same of another run.")],
     across: Annotated[
         list[str] | None,
-        typer.Option(metavar="KIND", help="May differ: machine, versions, model or settings; else that is refused."),
+        typer.Option(
+            metavar="KIND",
+            help="May differ: machine, versions, model or settings; else that is refused.",
+            autocompletion=completions.differences,
+        ),
     ] = None,
 ) -> None:
     """Hold two runs against each other: what became faster, what slower, and what cannot be told.

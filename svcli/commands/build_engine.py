@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svcli import plan_tables, ui
+from svcli import completions, plan_tables, ui
 
 if TYPE_CHECKING:
     from svcli_engines.build import Outcome, Result
@@ -30,7 +30,14 @@ class Layout(str, Enum):
 
 
 def build_engine(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle folder, exported with --precision fp16.")],
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE",
+            help="Bundle folder, exported with --precision fp16.",
+            autocompletion=completions.bundles,
+        ),
+    ],
     backend: Annotated[
         BackendName,
         typer.Option(metavar="NAME", help="tensorrt, which needs the GPU, or tensorrt-rtx, which needs none."),

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from svcli import completions
 from svcli.answer_options import Bundle, MaxNewTokens, PrivateUrls, Seed, Temperature, Threads, TopK, TopP
 from svcli.engines import EngineName
 from svcli.errors import UsageError
@@ -33,7 +34,12 @@ def chat(
         ),
     ] = EngineName.ONNXRUNTIME,
     variant: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Graphs of the bundle that answer, such as dense.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Graphs of the bundle that answer, such as dense.",
+            autocompletion=completions.bundle_variants,
+        ),
     ] = None,
     threads: Threads = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.answer_options import Engine, Threads
 from svcli.engines import EngineName
 from svcli.errors import FAILURE, UsageError
+from svcli.files import check_folder, check_targets
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
@@ -31,16 +32,38 @@ class Wanted:
     export: Path | None
     as_json: bool
 
+    def check(self, task: Task, split: str) -> None:
+        """Raises UsageError, before anything is asked."""
+        from svcli.evaluation.task import Exports, is_scored
+
+        if self.html is not None and not is_scored(task, split):
+            raise UsageError(
+                f"--html: what is wrong in {task.name}, {split}, only its judge can tell; --export asks it"
+            )
+        if self.export is not None and not isinstance(task, Exports):
+            raise UsageError(f"--export: {task.name} is scored here, and nobody else reads its answers")
+        files = [path for path in (self.html, self.export) if path is not None]
+        for path in files:
+            check_folder(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        check_targets(files)
+
 
 def evaluate(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[BUNDLE] TASK", show_default=False, help="The bundled model if left out; --list has the tasks."
+            metavar="[BUNDLE] TASK",
+            show_default=False,
+            help="The bundled model if left out; --list has the tasks.",
+            autocompletion=completions.bundles_and_tasks,
         ),
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Files of the task; --list says which.")] = None,
-    split: Annotated[str | None, typer.Option(metavar="NAME", help="The task's first if left out.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The task's first if left out.", autocompletion=completions.splits),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N items alone.")] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Part I, from 0 on, of N; other processes take the others.")
@@ -50,10 +73,14 @@ def evaluate(
         typer.Option(
             metavar="NAMES",
             help="Asked beside the bundle, with commas between; all that it allows if left out, or none.",
+            autocompletion=completions.askers,
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Ask these alone, such as skipped or dense.")
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Ask these alone, such as skipped or dense.", autocompletion=completions.askers
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -103,8 +130,10 @@ def evaluate(
     task = named_task(words[-1])
     bundle = Path(words[0]) if len(words) == 2 else bundled_model()
     split = task_split(task, split)
-    _check_wanted(task, split, wanted)
+    wanted.check(task, split)
     place = "-".join([task.name, split, *([f"first{limit}"] if limit else [])])
+    results = out or _DEFAULT_OUT / bundle.resolve().name / place
+    check_folder(results)
     work = Session(
         bundle=bundle,
         task=task,
@@ -114,7 +143,7 @@ def evaluate(
         shard=Shard(*_shard(shard)),
         engine=engine,
         threads=threads,
-        out=out or _DEFAULT_OUT / bundle.resolve().name / place,
+        out=results,
         overwrite=overwrite,
         is_quiet=quiet,
     )
@@ -128,10 +157,7 @@ def _end(report: Report, out: Path, folder: Path, bundle: Path | None, wanted: W
     write_summary(out, report)
     if not report.answers:
         raise UsageError(f"{out}: none of the items is in this shard; ask more of them, or fewer shards")
-    if wanted.as_json:
-        ui.show(json.dumps(report.told() | {"results": str(out)}, indent=2))
-    else:
-        _render(report, out)
+    # Files first: whoever reads the table may leave.
     if wanted.html is not None:
         from svcli.evaluation.page import write_page
 
@@ -140,6 +166,10 @@ def _end(report: Report, out: Path, folder: Path, bundle: Path | None, wanted: W
         from svcli.evaluation.collect import export_answers
 
         export_answers(report, wanted.export)
+    if wanted.as_json:
+        ui.show(json.dumps(report.told() | {"results": str(out)}, indent=2))
+    else:
+        _render(report, out)
     for what, path in {"Wrong answers": wanted.html, "Answers for the judge": wanted.export}.items():
         if path is not None and not wanted.as_json:
             ui.show(f"{what}: {path}")
@@ -157,7 +187,7 @@ def _merge(folder: Path, data: Path | None, wanted: Wanted) -> None:
     from svcli.evaluation.collect import collect, told
 
     report, known = collect(folder), told(folder)
-    _check_wanted(report.task, report.split, wanted)
+    wanted.check(report.task, report.split)
     bundle = Path(known["bundle"])
     _end(report, folder, data or Path(known["data"]), bundle if bundle.is_dir() else None, wanted)
 
@@ -240,16 +270,6 @@ def task_split(task: Task, name: str | None) -> str:
     if name is not None and name not in task.splits:
         raise UsageError(f"--split {name}: {task.name} has {', '.join(task.splits)}")
     return name or task.splits[0]
-
-
-def _check_wanted(task: Task, split: str, wanted: Wanted) -> None:
-    """Raises UsageError."""
-    from svcli.evaluation.task import Exports, is_scored
-
-    if wanted.html is not None and not is_scored(task, split):
-        raise UsageError(f"--html: what is wrong in {task.name}, {split}, only its judge can tell; --export asks it")
-    if wanted.export is not None and not isinstance(task, Exports):
-        raise UsageError(f"--export: {task.name} is scored here, and nobody else reads its answers")
 
 
 def task_folder(task: Task, data: Path | None) -> Path:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.answer_options import Engine, Threads
 from svcli.commands.eval import fail_unasked, named_task, task_folder, task_split
 from svcli.commands.export import Precision
 from svcli.engines import EngineName
 from svcli.errors import UsageError
-from svcli.files import write
+from svcli.files import check_folder, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,9 +33,12 @@ def sweep(
         typer.Argument(
             metavar="SOURCE",
             help="A bundle, or what `svcli export` takes. Settings that a bundle has no graphs for are exported.",
+            autocompletion=completions.bundles,
         ),
     ],
-    task: Annotated[str, typer.Argument(metavar="TASK", help="As of `svcli eval --list`.")],
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="As of `svcli eval --list`.", autocompletion=completions.tasks)
+    ],
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="FOLDER", help="Graphs, answers, table and plot; it goes on there."),
@@ -49,7 +52,10 @@ def sweep(
         ),
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Files of the task.")] = None,
-    split: Annotated[str | None, typer.Option(metavar="NAME", help="The task's first if left out.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The task's first if left out.", autocompletion=completions.splits),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N items alone.")] = None,
     within: Annotated[
         float, typer.Option(min=0, max=100, metavar="PERCENT", help="How far below the best a setting may be.")
@@ -73,6 +79,7 @@ def sweep(
     """
     chosen, name = named_task(task), task_split(named_task(task), split)
     folder = task_folder(chosen, data)
+    check_folder(output)
     from svcli.evaluation.askers import BLIND, own_name
     from svcli.evaluation.task import is_scored
 
@@ -131,7 +138,7 @@ def _graphs(
     from svcli_export.manifest import MANIFEST_FILE, load_manifest
 
     words = None if settings is None else [each.strip() for each in settings.split(",") if each.strip()]
-    wanted = None if words is None else parse_variants(words)
+    wanted = None if words is None else parse_variants(words, "--settings")
     given, made = Path(source), output / _BUNDLE
     if (given / MANIFEST_FILE).is_file():
         manifest = load_manifest(given, quick=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.answer_options import (
     BundleArgument,
     Drain,
@@ -34,7 +34,12 @@ def triton(
     ] = None,
     engine: Engine = EngineName.ONNXRUNTIME,
     variant: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A variant of the bundle instead of its own setting.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A variant of the bundle instead of its own setting.",
+            autocompletion=completions.bundle_variants,
+        ),
     ] = None,
     threads: Threads = None,
     parallel: Parallel = None,

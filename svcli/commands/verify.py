@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svcli import ui
+from svcli import completions, ui
 from svcli.answer_options import BundleArgument
 from svcli.engines import EngineName, open_engine
 from svcli.errors import UsageError, explain
@@ -41,7 +41,12 @@ def verify(
         ),
     ] = None,
     variant: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Variant of the bundle; its own graphs if left out.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Variant of the bundle; its own graphs if left out.",
+            autocompletion=completions.bundle_variants,
+        ),
     ] = None,
     engines: Annotated[
         str | None,

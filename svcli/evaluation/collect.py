@@ -69,7 +69,6 @@ def write_summary(folder: Path, report: Report) -> None:
 def export_answers(report: Report, path: Path) -> None:
     """Those of the first asker, as whoever judges them elsewhere reads them."""
     assert isinstance(report.task, Exports)
-    path.parent.mkdir(parents=True, exist_ok=True)
     report.task.export_answers([line.judged for line in report.answers[0].lines], path)
 
 

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from svcli.evaluation.asker import Said
 from svcli.evaluation.task import Item, Judged
+from svcli.files import naming
 
 FORMAT = 1
 _SECONDS_BETWEEN_SYNCS = 5.0
@@ -114,7 +115,8 @@ class Results:
                 os.truncate(path, 0)
             self.lines = self._begin()
         except BaseException:
-            self._file.close()
+            with naming(path):
+                self._file.close()
             raise
         self._synced = monotonic()
 
@@ -145,8 +147,9 @@ class Results:
 
     def close(self) -> None:
         if not self._file.closed:
-            self._sync()
-            self._file.close()
+            # Closing writes what a full disk had no room for once more.
+            with naming(self.path), self._file:
+                self._sync()
 
     def __enter__(self) -> Results:
         return self
@@ -155,11 +158,13 @@ class Results:
         self.close()
 
     def _write(self, told: dict[str, Any]) -> None:
-        self._file.write(json.dumps(told, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(told, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            self._file.flush()
 
     def _sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
         self._synced = monotonic()
 
 

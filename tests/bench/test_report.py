@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from svcli.bench.files import check_targets
 from svcli.bench.report import COLUMNS, BenchError, as_csv, as_json, read_report
 from svcli.errors import UsageError
-from svcli.files import write
+from svcli.files import check_folder, check_targets, write
 from tests.bench.reports import report
 
 
@@ -76,6 +77,38 @@ def test_targets_are_looked_at_first(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=said):
             check_targets(paths)
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_targets([pipe])
+    write(pipe, "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_disk_that_is_full_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space") as told:
+        write(path, "new")
+    assert told.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_may_be_made_where_no_file_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_folder(tmp_path / "new" / "newer")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="file is a file"):
+            check_folder(path)
 
 
 def test_an_older_file_stays_whole_where_writing_fails(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from svcli import errors
 from svcli.app import app
 from svcli_engines.batch import Row
 from tests.cli.conftest import ROOT
@@ -148,6 +149,7 @@ def test_nothing_to_ask_is_an_error(bundle: Path, tmp_path: Path) -> None:
     empty.write_text("\n\n", encoding="utf-8")
     assert "holds no questions" in ask(empty, output, "--model", bundle, code=2).stderr
     assert "no such file" in ask(tmp_path / "none.jsonl", output, "--model", bundle, code=2).stderr
+    assert "not a file of lines" in ask(tmp_path, output, "--model", bundle, code=2).stderr
     assert not output.exists()
 
 
@@ -222,3 +224,15 @@ def test_half_a_character_is_a_row_that_failed_and_is_known_again(bundle: Path, 
     again = ask(data, output, "--model", bundle, *SHORT, code=1)
     assert "2 of 2 rows are answered already" in again.stderr
     assert lines(output) == [first, second]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_told_with_the_file(
+    bundle: Path, pictures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the runner, which has no file behind stdout.
+    monkeypatch.setattr(errors, "silence_stdout", lambda: None)
+    data = tmp_path / "in.jsonl"
+    data.write_text(json.dumps({"image": pictures[0], "question": "what?"}))
+    done = ask(data, Path("/dev/full"), "--overwrite", "--model", bundle, code=3)
+    assert done.stderr.endswith("Error: /dev/full: No space left on device\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -13,6 +14,15 @@ import pexpect
 import pytest
 
 PROMPT = "ready> "
+
+
+def put_bundle(folder: Path, *variants: str) -> None:
+    """As much of a bundle as completion looks at."""
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(
+        json.dumps({"model": {"skip": {"num_retained": 24}}, "variants": dict.fromkeys(variants)})
+    )
+    (folder / "weights.safetensors").touch()
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +41,7 @@ def shell(program: Path, tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
     assert bash is not None
     (tmp_path / "hamburgers.png").touch()
     (tmp_path / "my-bundle").mkdir()
+    put_bundle(tmp_path / "models" / "other", "dense", "24-40")
     environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PS1": PROMPT, "TERM": "dumb"}
     arguments = ["--norc", "--noprofile", "-i"]
     child = pexpect.spawn(
@@ -58,6 +69,10 @@ def shell(program: Path, tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
         ("svcli bench --peer ll", "svcli bench --peer llama.cpp "),
         ("svcli chat ham", "svcli chat hamburgers.png "),
         ("svcli inspect my", "svcli inspect my-bundle/"),
+        ("svcli inspect mo", "svcli inspect models/other "),
+        ("svcli bench com", "svcli bench compare "),
+        ("svcli bench models/other h", "svcli bench models/other hamburgers.png "),
+        ("svcli eval bundled --split test_p", "svcli eval bundled --split test_photo "),
     ],
 )
 def test_bash_completes(shell: pexpect.spawn[str], typed: str, completed: str) -> None:
@@ -74,8 +89,8 @@ def test_it_installs_itself_for_the_shell_that_asks(shell: pexpect.spawn[str]) -
     assert "svcli.sh" in (home / ".bashrc").read_text()
 
 
-def asked(program: Path, shell: str, words: str) -> str:
-    """What a shell's script gets to read for these words, the last of which is being typed."""
+def asked(program: Path, shell: str, words: str, folder: Path | None = None) -> str:
+    """What a shell's script gets to read for these words, the last of which is being typed, in `folder`."""
     environment = {
         **os.environ,
         "_SVCLI_COMPLETE": f"complete_{shell}",
@@ -84,7 +99,8 @@ def asked(program: Path, shell: str, words: str) -> str:
         "_TYPER_COMPLETE_ARGS": words,
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
-    return subprocess.run([program], env=environment, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([program], env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def test_names_are_the_ones_that_the_command_takes(program: Path) -> None:
@@ -97,6 +113,35 @@ def test_names_are_the_ones_that_the_command_takes(program: Path) -> None:
     assert asked(program, "bash", "svcli export x --variant ").split() == ["dense", *PRESETS]
     # Where nothing is offered, the shell completes paths.
     assert asked(program, "bash", "svcli chat ham").split() == []
+
+
+def test_bench_and_eval_complete_all_that_they_take(program: Path, tmp_path: Path) -> None:
+    from svcli.bench.compare import KINDS
+    from svcli.bench.peers import PEERS
+    from svcli.evaluation.tasks.registry import TASKS
+
+    put_bundle(tmp_path / "models" / "mine", "dense", "24-40")
+    put_bundle(tmp_path / "with a space")
+
+    def offered(words: str) -> list[str]:
+        return asked(program, "bash", words, tmp_path).split("\n")[:-1]
+
+    assert offered("svcli bench ") == ["compare", "run", "models/mine"]
+    assert {"--peer", "--alone"} <= {*offered("svcli bench --")}
+    assert offered("svcli bench --peer ") == list(PEERS)
+    assert offered("svcli bench models/mine --variant ") == ["dense", "24-40"]
+    assert offered("svcli bench compare --across ") == list(KINDS)
+    assert offered("svcli eval ") == [*TASKS, "models/mine"]
+    assert offered("svcli eval models/mine ") == list(TASKS)
+    assert offered("svcli eval pope --split ") == list(TASKS["pope"].splits)
+    assert offered("svcli eval models/mine pope --only dense,") == [
+        f"dense,{name}" for name in ("skipped", "random", "pool", "blind", "24-40")
+    ]
+    assert offered("svcli sweep models/mine bun") == ["bundled"]
+    assert offered("svcli chat --model models/mine --variant 2") == ["24-40"]
+    # A bundle that is broken, or none at all, is told by the command.
+    (tmp_path / "models" / "mine" / "manifest.json").write_text("[")
+    assert "24-40" not in offered("svcli bench models/mine --variant ")
 
 
 def test_zsh_and_fish_get_help_beside_names(program: Path) -> None:

@@ -147,6 +147,16 @@ def test_a_full_disk_is_one_sentence(command: list[str], bundle: Path, picture: 
     assert done.stderr == b"Error: No space left on device\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["--version"], []])
+def test_a_full_disk_is_one_sentence_for_texts_too(command: list[str], arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*command, *arguments], stdout=full, stderr=subprocess.PIPE, env=environment(), check=False
+        )
+    assert (done.returncode, done.stderr) == (3, b"Error: No space left on device\n")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_encoding_that_is_not_utf_8_does_no_harm(
     command: list[str], bundle: Path, picture: Path, encoding: str
@@ -172,3 +182,16 @@ def test_names_that_are_not_utf_8_or_steer_the_terminal_are_shown_harmlessly(
     assert b"no file" in done.stderr
     assert b"\x1b" not in done.stderr
     done.stderr.decode()
+
+
+def test_a_bundle_where_onnx_runtime_cannot_open_it_is_one_sentence(
+    command: list[str], bundle: Path, picture: Path, tmp_path: Path
+) -> None:
+    place = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.symlink(bundle, place)
+    done = subprocess.run(
+        [*command, "chat", picture, QUESTION, "--model", place], capture_output=True, env=environment(), check=False
+    )
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert b"not UTF-8; rename the folder" in done.stderr
+    assert done.stderr.count(b"\n") == 1

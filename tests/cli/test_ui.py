@@ -40,6 +40,17 @@ def test_names_that_take_most_of_the_width_stand_above(width: int, lines: list[s
         assert "/a name          a purpose of some words" in said
 
 
+def test_first_steps_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(ui, "stdout", lambda: Console(file=screen, width=24))
+    ui.welcome(
+        "Ask about a picture.", [("svcli a", "an answer, word by word"), ("svcli b --more", "less")], "And --help"
+    )
+    said = [line.rstrip() for line in screen.getvalue().splitlines()]
+    first = ["  svcli a", "    an answer, word by", "    word", "  svcli b --more", "    less"]
+    assert said == ["Ask about a picture.", "", *first, "", "And --help"]
+
+
 def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
     assert ui.printable("a\x1b[31mb\n\tc\x07\x9b\ud800") == "a\ufffd[31mb\n\tc\ufffd\ufffd\ufffd"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from skipvision.data.packages import EASY_VQA
 from skipvision.data.questions import Question, is_right
+from svcli import errors
 from svcli.app import app
 from svcli.evaluation.collect import collect
 from svcli.evaluation.results import numbers, ranges
@@ -294,6 +296,9 @@ def test_nothing_that_could_be_asked_is_a_failure(tmp_path: Path) -> None:
         ([*SHAPES, *OWN, "--limit", "1", "--shard", "0/1000"], "none of the items"),
         (["bundled", "--merge", "x"], "asks nothing"),
         (["--merge", "nowhere"], "holds no results"),
+        ([*SHAPES, *OWN, "--out", "/dev/null"], "/dev/null is a file; name a folder"),
+        ([*SHAPES, *OWN, "--html", "."], "is a folder; name a file"),
+        ([*SHAPES, *OWN, "--html", "/dev/null/page.html"], "/dev/null is a file; name a folder"),
     ],
 )
 def test_slips_are_one_sentence(
@@ -304,6 +309,31 @@ def test_slips_are_one_sentence(
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_files_are_there_for_a_reader_that_leaves_early(whole: Path, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "wrong.html"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "engines")))}
+    command = [sys.executable, "-m", "svcli", "eval", "--merge", str(whole), "--html", str(page)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+    assert page.read_text().rstrip().endswith("</html>")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    # Of the runner, which has no file behind stdout.
+    monkeypatch.setattr(errors, "silence_stdout", lambda: None)
+    done = evaluate(*SHAPES, *OWN, "--limit", 1, "--out", tmp_path, code=3)
+    assert done.stderr.endswith(f"Error: {tmp_path / 'skipped.jsonl'}: No space left on device\n")
 
 
 def test_two_runs_do_not_write_one_file(whole: Path) -> None:

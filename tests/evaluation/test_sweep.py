@@ -261,7 +261,8 @@ def test_first_tokens_are_timed_in_turn_and_encode_each_time(
     [
         (("nowhere", "bundled", "-o", "OUT"), "nowhere"),
         (("CHECKPOINT", "nothing", "-o", "OUT"), "no such task"),
-        (("CHECKPOINT", "bundled", "-o", "OUT", "--settings", "x"), "choose dense, RETAINED/SKIPPED"),
+        (("CHECKPOINT", "bundled", "-o", "OUT", "--settings", "x"), "--settings x: choose dense, RETAINED/SKIPPED"),
+        (("CHECKPOINT", "bundled", "-o", "/dev/null"), "/dev/null is a file; name a folder"),
         (("CHECKPOINT", "bundled", "-o", "OUT", "--settings", "20/1"), "must be at most 16"),
     ],
 )
