@@ -214,6 +214,8 @@ def test_weights_are_those_that_a_graph_reads(tmp_path: Path) -> None:
 def test_stages_are_made_of_the_costs_that_are_counted_elsewhere() -> None:
     weights, cost = Weights(vision=1000, decoder=2000), prompt_cost(CONFIG, LAYOUT)
     found = stage_work(CONFIG, LAYOUT, weights, kv_bytes_per_row=10, num_pictures=1, num_tokens=5)
+    twice = stage_work(CONFIG, LAYOUT, weights, kv_bytes_per_row=10, num_pictures=2, num_tokens=5)
+    assert [each["vision"][0].num_bytes for each in (found, twice)] == [1000, 2000]
     assert found["vision"] == (Work(cost.vision_flops, 1000),)
     assert found["prefill"] == (Work(cost.prefill_flops, 2000 + 10 * LAYOUT.num_kept),)
     rows = LAYOUT.num_kept + 2
