@@ -27,6 +27,7 @@ OPTIONAL = {
     ),
     "nvrtc": 'no NVRTC (pip install "nvidia-cuda-nvrtc>=13.0,<13.1"): no PTX was compiled',
     "onnxruntime-genai": "no onnxruntime-genai (pip install onnxruntime-genai): it was not measured beside ours",
+    "openvino-genai": "no OpenVINO GenAI (pip install openvino-genai nncf): it was not measured beside ours",
     "ray": "no Ray Serve (pip install 'ray[serve]>=2.60'): replicas were not killed under load",
     "tensorrt": (
         "SVCLI_TENSORRT_WHEELS is not set to a folder with tensorrt-cu13-bindings and tensorrt-lean-cu13-libs"

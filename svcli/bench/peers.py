@@ -61,12 +61,25 @@ def _llama_cpp(decoder: Path, precision: str, _threads: int) -> tuple[Path, str]
     return path, f"{write_gguf(decoder, path, precision)}, KV cache in {'fp32' if precision == 'fp32' else 'fp16'}"
 
 
+def _openvino(decoder: Path, precision: str, _threads: int) -> tuple[Path, str]:
+    from svcli.bench.text_models import build_openvino
+
+    output = decoder.with_name("openvino-genai") / precision
+    build_openvino(decoder, output, precision)
+    return output, f"{precision} by NNCF" if precision in ("int8", "int4") else precision
+
+
 PEERS: Mapping[str, Runtime] = {
     "transformers": Runtime("transformers", {"transformers": "transformers"} | _TORCH, _transformers),
     "onnxruntime-genai": Runtime(
         "genai", {"onnxruntime_genai": "onnxruntime-genai"} | _TORCH | {"transformers": "transformers"}, _genai
     ),
     "llama.cpp": Runtime("llama_cpp", {"llama_cpp": "llama-cpp-python", "gguf": "gguf"} | _TORCH, _llama_cpp),
+    "openvino-genai": Runtime(
+        "openvino_genai",
+        {"openvino_genai": "openvino-genai", "nncf": "nncf"} | _TORCH | {"transformers": "transformers"},
+        _openvino,
+    ),
 }
 
 

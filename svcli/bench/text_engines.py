@@ -8,6 +8,7 @@ there is room for. Ours may be a variant of a bundle: BUNDLE:VARIANT.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -120,6 +121,48 @@ def genai(model: Path, threads: int, context: int) -> Start:
     return start
 
 
+def openvino_genai(model: Path, threads: int, context: int) -> Start:
+    """The steps of an LLMPipeline on the CPU. It keeps no prompt from one question to the next, as that would by
+    default. In fp32 where the weights are, or else in what OpenVINO picks, its KV cache in 8 bits."""
+    from svcli.bench.openvino_models import without_telemetry
+
+    without_telemetry()
+    import openvino
+    import openvino_genai as og
+
+    plan = og.SchedulerConfig()
+    plan.enable_prefix_caching = False
+    plan.max_num_batched_tokens = context
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    options = {"INFERENCE_NUM_THREADS": threads} | (exact if model.name.startswith("fp") else {})
+    network = og.ContinuousBatchingPipeline(str(model), plan, "CPU", options)
+    said = og.GenerationConfig(str(model / "generation_config.json"))
+    said.do_sample, said.ignore_eos, said.max_new_tokens = False, True, context
+    waiting: list[Any] = []
+
+    def stop() -> None:
+        for last in waiting:
+            last.stop()
+            network.step()
+
+    # Else the last words of a process that fails would be of what it had left.
+    atexit.register(stop)
+
+    def start(ids: Sequence[int]) -> tuple[Callable[[], int], Callable[[], float]]:
+        stop()
+        waiting[:] = [network.add_request(0, openvino.Tensor(np.array([ids], np.int64)), said)]
+
+        def following() -> int:
+            network.step()
+            (found,) = waiting[0].read().values()
+            (token,) = found.generated_ids
+            return int(token)
+
+        return following, lambda: 0.0
+
+    return start
+
+
 def llama_cpp(model: Path, threads: int, context: int) -> Start:
     """The KV cache is in fp32 where the weights are, or else in fp16, llama.cpp's default."""
     import llama_cpp as lc
@@ -149,6 +192,7 @@ ENGINES: dict[str, Callable[[Path, int, int], Start]] = {
     "transformers": transformers,
     "genai": genai,
     "llama_cpp": llama_cpp,
+    "openvino_genai": openvino_genai,
 }
 PACKAGES = {"transformers": "transformers", "genai": "onnxruntime-genai", "llama_cpp": "llama-cpp-python"}
 
@@ -171,18 +215,21 @@ class _Steps:
         return float(best - second)
 
 
+def same_packages() -> dict[str, str]:
+    """The environment of a process that finds what this one does, where svcli is run from its source tree, too."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(folder for folder in sys.path if folder)}
+
+
 class Worker:
     """An engine's process, from the side that asks. It waits, and does nothing, between two questions."""
 
     def __init__(self, engine: str, model: Path | str, threads: int, context: int) -> None:
         command = [sys.executable, "-m", "svcli.bench.text_engines", engine, str(model), str(threads), str(context)]
-        # The same packages as here, where svcli is run from its source tree, too.
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(folder for folder in sys.path if folder)}
         pipe = subprocess.PIPE
         self._engine = engine
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=same_packages()
         )
 
     def ask(self, ids: Sequence[int], new: int) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipvision.config import TextConfig
-from svcli.bench.text_engines import WorkerError
+from svcli.bench.text_engines import WorkerError, same_packages
 from svcli_export.manifest import Manifest
 
 _GENAI: Mapping[str, tuple[str, ...]] = {
@@ -96,12 +96,23 @@ def build_genai(model: Path, output: Path, precision: str, threads: int) -> None
     command += ["-p", precision, "-e", "cpu", "-c", str(output.parent / "genai-cache")]
     if _GENAI[precision]:
         command += ["--extra_options", *_GENAI[precision]]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise WorkerError(f"onnxruntime-genai's builder failed: {last[0]}")
+    _run("onnxruntime-genai's builder", command)
     path = output / "genai_config.json"
     said = json.loads(path.read_text(encoding="utf-8"))
     said["model"]["eos_token_id"] = [said["model"]["vocab_size"] - 1]
     said["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
     path.write_text(json.dumps(said, indent=1), encoding="utf-8")
+
+
+def build_openvino(model: Path, output: Path, precision: str) -> None:
+    """OpenVINO GenAI's model of a folder as transformers reads it. Raises WorkerError."""
+    command = [sys.executable, "-m", "svcli.bench.openvino_models", str(model), str(output), precision]
+    _run("OpenVINO's converter", command)
+
+
+def _run(what: str, command: list[str]) -> None:
+    """Raises WorkerError with its last words."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=same_packages())
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise WorkerError(f"{what} failed: {last[0]}")

@@ -77,7 +77,7 @@ def run(
         typer.Option(
             "--peer",
             metavar="NAME",
-            help="Also the decoder in transformers, onnxruntime-genai or llama.cpp.",
+            help="Also the decoder in transformers, onnxruntime-genai, llama.cpp or openvino-genai.",
             autocompletion=completions.peers,
         ),
     ] = None,

@@ -67,6 +67,7 @@ def shell(program: Path, tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
         ("svcli export x -o y --preset sv-llava-1", "svcli export x -o y --preset sv-llava-100 "),
         ("svcli cost --gpu h2", "svcli cost --gpu h200 "),
         ("svcli bench --peer ll", "svcli bench --peer llama.cpp "),
+        ("svcli bench --peer op", "svcli bench --peer openvino-genai "),
         ("svcli chat ham", "svcli chat hamburgers.png "),
         ("svcli inspect my", "svcli inspect my-bundle/"),
         ("svcli inspect mo", "svcli inspect models/other "),
