@@ -57,7 +57,7 @@ def claims_table() -> str:
     for claim in CLAIMS:
         found = claim.finding()
         rows.append([f"{claim.says} ({claim.place})", f"**{found.verdict}**", found.figures])
-    return table(["the paper", "verdict", "our figures"], rows)
+    return table(["the paper", "verdict", "our figures"], rows, texts=3)
 
 
 def verdict_of(met: list[bool]) -> Verdict:

@@ -167,7 +167,7 @@ def _runs_table() -> str:
         took = f"{run['seconds'] / 60:.1f} min" if "seconds" in run else ""
         rows.append([f"`{script.name}`", measured or "none", outcome, run.get("date", ""), took])
     return (
-        table(["script", "figures of", "the last rerun", "on", "took"], rows)
+        table(["script", "figures of", "the last rerun", "on", "took"], rows, texts=4)
         + "\n\nFigures are of the date in the first column; one without a rerun was measured by itself."
     )
 

@@ -66,7 +66,7 @@ def bench_peers() -> str:
             sides = (stage.sides[peer.name], stage.sides[ours])
             spent = [seconds(side.spread.p50) for side in sides]
             rows.append([f"{peer.name} {peer.version}", peer.weights, TITLES[name], *spent, *_ratio(stage)])
-    held = table(["", "weights", "", "theirs p50", "ours p50", "ours to theirs", "95 %"], rows)
+    held = table(["", "weights", "", "theirs p50", "ours p50", "ours to theirs", "95 %"], rows, texts=3)
     counts = ", ".join(dict.fromkeys(f"{peer.rows} rows" for peer in report.peers))
     return (
         f"{held}\n\nDecoders on plain text, {counts} in prefill, {report.num_rounds} rounds, in turn with ours; none of"
