@@ -122,7 +122,8 @@ def evaluation(place: Place) -> str:
         " pq.write_table(pa.Table.from_pylist([row]), 'pope/test-00000-of-00001.parquet')"
     )
     place.python(code)
-    told = json.loads(place.run("svcli", "eval", "pope", "--data", "pope", "--only", "skipped", "--json", "--quiet"))
+    command = ("svcli", "eval", "pope", "--data", "pope", "--split", "adversarial", "--only", "skipped")
+    told = json.loads(place.run(*command, "--json", "--quiet"))
     expect(told["askers"]["skipped"]["answered"] == 1, f"not answered: {told}")
     return "a question is read from Parquet, asked and judged"
 
