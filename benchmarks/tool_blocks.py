@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.blocks import NotMeasuredError, mebibytes, on_machine, percent, result, seconds, table
-from svcli.bench.report import TITLES, Report, Stage
+from svcli.bench.report import TITLES, Peer, Report, Stage
 from svcli.bench.words import conclusions
 
 _ASKERS = {
@@ -56,7 +56,7 @@ def bench_work() -> str:
 
 
 def bench_peers() -> str:
-    """Other run times on the same decoder."""
+    """Other run times on the same decoder, and about the picture."""
     report, rows = _report(), []
     if not report.peers:
         raise NotMeasuredError("no peer of `svcli bench` was installed; docs/bench.md says what each needs")
@@ -65,13 +65,18 @@ def bench_peers() -> str:
             ours = next(side for side in stage.sides if side != peer.name)
             sides = (stage.sides[peer.name], stage.sides[ours])
             spent = [seconds(side.spread.p50) for side in sides]
-            rows.append([f"{peer.name} {peer.version}", peer.weights, TITLES[name], *spent, *_ratio(stage)])
+            rows.append([_run_time(peer), peer.weights, TITLES[name], *spent, *_ratio(stage)])
     held = table(["", "weights", "", "theirs p50", "ours p50", "ours to theirs", "95 %"], rows, texts=3)
-    counts = ", ".join(dict.fromkeys(f"{peer.rows} rows" for peer in report.peers))
+    counts = ", ".join(dict.fromkeys(f"{peer.rows} rows" for peer in report.peers if peer.what == "text"))
     return (
-        f"{held}\n\nDecoders on plain text, {counts} in prefill, {report.num_rounds} rounds, in turn with ours; none of"
-        " them skips."
+        f"{held}\n\nDecoders on plain text where nothing else is said, {counts} in prefill, {report.num_rounds} rounds,"
+        " in turn with ours; none of them skips. About a picture, rows are those in both KV caches behind the prompt."
     )
+
+
+def _run_time(peer: Peer) -> str:
+    named = f"{peer.name} {peer.version}"
+    return named if peer.own_rows is None else f"{named}, {peer.what}, {peer.rows} rows beside {peer.own_rows}"
 
 
 def baselines() -> str:

@@ -39,7 +39,7 @@ def to_views(image: Image.Image, processing: ImageProcessing, config: ModelConfi
 
 def to_pixels(image: Image.Image, processing: ImageProcessing) -> Floats:
     """[3, S, S] of an RGB picture of any size that is not cut."""
-    pixels: Floats = _normalised([_square(image, processing)], processing)[0]
+    pixels: Floats = _normalised([to_square(image, processing)], processing)[0]
     return pixels
 
 
@@ -48,7 +48,7 @@ def _squares(
 ) -> Sequence[Image.Image]:
     side = processing.image_size
     if tiles is None or (tiles.is_joined and not cut.rows):
-        return [_square(image, processing)]
+        return [to_square(image, processing)]
     if tiles.is_joined:
         mosaic = _inside(image, processing, cut.columns * side, cut.rows * side)
         return [_resized(image, processing, side, side), *_tiles(mosaic, side, cut)]
@@ -58,7 +58,8 @@ def _squares(
     return [*_tiles(image, side, cut), _resized(image, processing, side, side)]
 
 
-def _square(image: Image.Image, processing: ImageProcessing) -> Image.Image:
+def to_square(image: Image.Image, processing: ImageProcessing) -> Image.Image:
+    """S x S, not normalised yet, of an RGB picture of any size that is not cut."""
     side = processing.image_size
     if processing.fit == "stretch":
         return _resized(image, processing, side, side)

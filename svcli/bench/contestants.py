@@ -87,7 +87,7 @@ class Contestant:
 
     def prepare(self) -> None:
         """Looks at the pictures. Raises ImageError, PromptError, EngineError."""
-        images = [self._decode(number) for number in range(len(self.asked.pictures))]
+        images = self.images()
         self.prompt = self._prompt(self.processor.cuts(images))
         cuts, is_alone = self.prompt.cuts, len(images) == 1
         views = [self.processor.views(image, is_alone) for image in images]
@@ -95,10 +95,17 @@ class Contestant:
         assert seen is not None
         self.visual = seen
 
-    def answer(self, num_tokens: int, clock: Callable[[], float] = perf_counter) -> dict[str, float]:
-        """Seconds of each stage of a whole answer of so many tokens, from the pictures' files on, nothing known."""
+    def answer(
+        self,
+        num_tokens: int,
+        clock: Callable[[], float] = perf_counter,
+        images: Sequence[Image.Image] | None = None,
+    ) -> dict[str, float]:
+        """Seconds of each stage of a whole answer of so many tokens, from the pictures' files on, nothing known; or
+        from `images`, which are decoded."""
         start = clock()
-        images = [self._decode(number) for number in range(len(self.asked.pictures))]
+        if images is None:
+            images = self.images()
         cuts, is_alone = self.processor.cuts(images), len(images) == 1
         views = [self.processor.views(image, is_alone) for image in images]
         read = clock()
@@ -137,9 +144,10 @@ class Contestant:
     def close(self) -> None:
         self.engine.close()
 
-    def _decode(self, number: int) -> Image.Image:
-        name, data = self.asked.names[number], self.asked.pictures[number]
-        return decode_picture(name, data, self.manifest.image.transparency).image
+    def images(self) -> list[Image.Image]:
+        """The pictures, decoded."""
+        files = zip(self.asked.names, self.asked.pictures, strict=True)
+        return [decode_picture(name, data, self.manifest.image.transparency).image for name, data in files]
 
     def _prompt(self, cuts: Sequence[Cut]) -> Prompt:
         messages = [Message("user", self.asked.question, images=len(self.asked.pictures))]

@@ -16,7 +16,7 @@ from svcli.bench.figures import compared
 from svcli.bench.machine import machine, versions
 from svcli.bench.memory import peaks
 from svcli.bench.others import Others
-from svcli.bench.peers import check_peers, measure_peers
+from svcli.bench.peers import check_peers, measure_peers, unseen
 from svcli.bench.report import STAGES, Model, Peer, Report, Roof, Settings, Side
 from svcli.bench.roofs import cpu_roof, sheet_roof, torch_cuda_roof
 from svcli.bench.rounds import Rounds
@@ -93,8 +93,9 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
                 swept.over_context(plan.context)
                 swept.over_batch(plan.sides, plan.batch)
                 first = plan.sides[0]
+                failed += unseen(plan.peers, open_sides[first.name])
                 lengths = {"tokens": plan.tokens, "rounds": plan.rounds, "warm_up": plan.warm_up}
-                peers.extend(measure_peers(plan.peers, first, open_sides[first.name], **lengths, progress=progress))
+                peers.extend(measure_peers(plan.peers, first, open_sides, **lengths, progress=progress))
             except KeyboardInterrupt:
                 stopped = True
             except WorkerError as error:

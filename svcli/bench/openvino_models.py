@@ -39,9 +39,9 @@ def build(folder: Path, output: Path, precision: str) -> None:
     (output / "generation_config.json").write_text(json.dumps({"eos_token_id": network.config.eos_token_id}))
 
 
-def decoder_graph(network: Any) -> Any:
+def decoder_graph(network: Any, *, of_embeddings: bool = False) -> Any:
     """A stateful graph: `input_ids` and `position_ids` [B, T], `attention_mask` [B, cached + T] and `beam_idx` [B] to
-    `logits` [B, T, vocab]."""
+    `logits` [B, T, vocab]. Or of `inputs_embeds` [B, T, D] and `position_ids` [3, B, T]."""
     import openvino as ov
     import torch
     from openvino import opset13 as ops
@@ -50,18 +50,25 @@ def decoder_graph(network: Any) -> Any:
     config = network.config
     heads, width = config.num_key_value_heads, config.head_dim
     states = [f"{part}.{layer}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
-    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past.{state}" for state in states)]
+    first = "inputs_embeds" if of_embeddings else "input_ids"
+    shapes = {first: [-1, -1], "attention_mask": [-1, -1], "position_ids": [-1, -1]}
+    if of_embeddings:
+        shapes |= {first: [-1, -1, config.hidden_size], "position_ids": [3, -1, -1]}
+    inputs = [*shapes, *(f"past.{state}" for state in states)]
     outputs = ["logits", *(f"present.{state}" for state in states)]
-    numbers = torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4 + _ANY, dtype=torch.int64)
+    ids, mask = torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4 + _ANY, dtype=torch.int64)
+    given = (torch.zeros(2, 4, config.hidden_size), mask, ids.expand(3, 2, 4)) if of_embeddings else (ids, mask, ids)
     past = [torch.zeros(2, heads, _ANY, width) for _ in states]
     with torch.no_grad():
-        graph = ov.convert_model(_traced(network), example_input=(*numbers, numbers[0], *past))
+        graph = ov.convert_model(_traced(network, first), example_input=(*given, *past))
     for port, name in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
         port.get_tensor().set_names({name})
     for port in graph.inputs:
-        is_past = port.any_name.startswith("past.")
-        port.node.set_partial_shape(ov.PartialShape([-1, heads, -1, width] if is_past else [-1, -1]))
-        port.node.set_element_type(ov.Type.f32 if is_past else ov.Type.i64)
+        # By this name its transformation to paged attention knows it.
+        port.node.set_friendly_name(port.any_name)
+        port.node.set_partial_shape(ov.PartialShape(shapes.get(port.any_name, [-1, heads, -1, width])))
+        is_float = port.any_name == "inputs_embeds" or port.any_name not in shapes
+        port.node.set_element_type(ov.Type.f32 if is_float else ov.Type.i64)
     # Which sequence goes on from which: OpenVINO GenAI wants to be able to say it.
     order = ops.parameter([-1], ov.Type.i32, name="beam_idx")
     order.output(0).get_tensor().set_names({"beam_idx"})
@@ -76,7 +83,7 @@ def decoder_graph(network: Any) -> Any:
     graph.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(graph, dict(zip(inputs[3:], outputs[1:], strict=True)))
     # A state is empty at first, of as many sequences as are asked.
-    sequences = ops.gather(ops.shape_of(graph.input("input_ids")), ops.constant([0], ov.Type.i64), first_axis)
+    sequences = ops.gather(ops.shape_of(graph.input(first)), ops.constant([0], ov.Type.i64), first_axis)
     shape = ops.concat([sequences, ops.constant([heads, 0, width], ov.Type.i64)], 0)
     for node in graph.get_ops():
         if node.get_type_name() == "ReadValue":
@@ -97,7 +104,7 @@ def compressed(graph: Any, precision: str) -> Any:
     return nncf.compress_weights(graph, mode=modes.INT4_SYM, group_size=32)
 
 
-def _traced(network: Any) -> Any:
+def _traced(network: Any, first: str) -> Any:
     import torch
 
     class Traced(torch.nn.Module):
@@ -107,12 +114,12 @@ def _traced(network: Any) -> Any:
             super().__init__()
             self.network = network
 
-        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, *past: Any) -> tuple[Any, ...]:
-            key, query = torch.arange(attention_mask.shape[1]), torch.arange(input_ids.shape[1])
-            causal = key[None] <= query[:, None] + (attention_mask.shape[1] - input_ids.shape[1])
+        def forward(self, new: Any, attention_mask: Any, position_ids: Any, *past: Any) -> tuple[Any, ...]:
+            key, query = torch.arange(attention_mask.shape[1]), torch.arange(new.shape[1])
+            causal = key[None] <= query[:, None] + (attention_mask.shape[1] - new.shape[1])
             cache = _Cache(past)
             found = self.network(
-                input_ids=input_ids,
+                **{first: new},
                 attention_mask=causal[None, None] & attention_mask[:, None, None].bool(),
                 position_ids=position_ids,
                 past_key_values=cache,

@@ -188,8 +188,7 @@ def _peers(report: Report) -> list[str]:
             cells = [_time(value) for each in stage.sides.values() for value in (each.spread.p50, each.spread.p95)]
             rows.append((TITLES[name], *cells, _ratio(stage.ratio)))
         sides = [f"{side} {mark}" for side in stage.sides for mark in ("p50", "p95")]
-        title = f"{peer.name} {peer.version} on {peer.rows} rows of text"
-        parts += [f"<h2>{escape(title)}</h2>", _soft(peer.weights), _table(("", *sides, "ours / theirs"), rows)]
+        parts += [f"<h2>{escape(peer.title)}</h2>", _soft(peer.weights), _table(("", *sides, "ours / theirs"), rows)]
     return parts
 
 

@@ -1,5 +1,5 @@
 """Other run times on the same decoder, in the same run: they prefill as many rows of text as the dense prompt has, and
-decode behind them, in turns with ours."""
+decode behind them, in turns with ours. One that sees, and prunes what it sees, is asked about the picture, too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from svcli.bench.contestants import Contestant, Graphs
 from svcli.bench.cpu import available_cores
 from svcli.bench.figures import compared
+from svcli.bench.picture_peer import OURS, measure_pictures, misfit
 from svcli.bench.report import Peer
 from svcli.bench.rounds import Rounds
 from svcli.bench.text_engines import Worker
@@ -23,7 +24,6 @@ from svcli.engines import EngineName
 from svcli.errors import UsageError
 from svcli_engines.base import MachineError
 
-OURS = "ours"
 _TORCH = {"torch": "svcli[torch]"}
 """To hand the weights over."""
 
@@ -39,6 +39,8 @@ class Runtime:
     prepare: Callable[[Path, str, int], tuple[Path, str]]
     """Of the decoder's folder, the bundle's precision and the threads: what the engine reads, made beside that folder,
     and what its weights are in. Raises WorkerError."""
+    sees: bool = False
+    """Whether it is asked about the picture as well."""
 
 
 def _transformers(decoder: Path, _precision: str, _threads: int) -> tuple[Path, str]:
@@ -79,6 +81,7 @@ PEERS: Mapping[str, Runtime] = {
         "openvino_genai",
         {"openvino_genai": "openvino-genai", "nncf": "nncf"} | _TORCH | {"transformers": "transformers"},
         _openvino,
+        sees=True,
     ),
 }
 
@@ -95,17 +98,23 @@ def check_peers(names: Sequence[str], engine: EngineName) -> None:
             raise MachineError(f"--peer {name}: not installed here: pip install {packages}")
 
 
+def unseen(names: Sequence[str], side: Contestant) -> list[str]:
+    """Why those that could be asked about the picture are not, a sentence each."""
+    why = misfit(side.manifest.config, len(side.asked.pictures))
+    return [f"{name} was asked about text alone: {why}" for name in names if why and PEERS[name].sees]
+
+
 def measure_peers(
     names: Sequence[str],
     graphs: Graphs,
-    side: Contestant,
+    sides: Mapping[str, Contestant],
     *,
     tokens: int,
     rounds: int,
     warm_up: int,
     progress: Callable[[str, int, int], None],
 ) -> Iterator[Peer]:
-    """Each by itself against ours, of the dense side, or of what there is.
+    """Each by itself against ours, of the dense side, or of what there is. `graphs` are the first of the `sides`.
 
     Raises WorkerError for one that fails, OSError where the disk is full.
     """
@@ -113,7 +122,7 @@ def measure_peers(
         return
     from svcli.bench.text_models import write_decoder
 
-    threads = graphs.threads or available_cores()
+    side, threads = sides[graphs.name], graphs.threads or available_cores()
     ids = _text(side)
     context = len(ids) + tokens
     ours = f"{graphs.bundle}:{graphs.variant}" if graphs.variant else str(graphs.bundle)
@@ -142,6 +151,19 @@ def measure_peers(
                     for stage in ("prefill", "decode")
                 },
             )
+            if runtime.sees and misfit(side.manifest.config, len(side.asked.pictures)) is None:
+                yield from measure_pictures(
+                    graphs,
+                    sides,
+                    decoder,
+                    identity=(name, _version(name)),
+                    weights=precision,
+                    threads=threads,
+                    tokens=tokens,
+                    rounds=rounds,
+                    warm_up=warm_up,
+                    progress=progress,
+                )
 
 
 def _text(side: Contestant) -> list[int]:

@@ -179,16 +179,28 @@ class Side(Strict):
 
 
 class Peer(Strict):
-    """Another run time on the decoder, without pictures."""
+    """Another run time, beside ours."""
 
     name: str
     version: str
+    what: Literal["text", "a picture, dense", "a picture, CDPruner"] = "text"
+    """What both were asked: the decoder alone as much text, or a question about a picture. Ours is dense where theirs
+    is, and skips where theirs prunes."""
     weights: str
-    """Which weights it had, and in what it computed."""
+    """Which weights it had, in what it computed, and what else is not as in ours."""
     rows: int
-    """Of the prompt."""
+    """Of its prompt."""
+    own_rows: int | None = None
+    """In our KV cache behind the prompt, about a picture; of text, as many as it has."""
     stages: dict[str, Stage]
     """Sides are the peer's and `ours`."""
+
+    @property
+    def title(self) -> str:
+        """What was run, in a line."""
+        if self.own_rows is None:
+            return f"{self.name} {self.version} on {self.rows} rows of {self.what}"
+        return f"{self.name} {self.version} on {self.what}: {self.rows} rows in its KV cache, {self.own_rows} in ours"
 
 
 class Report(Strict):
@@ -227,7 +239,7 @@ class Report(Strict):
             yield "energy", source, "end_to_end", stage
         for peer in self.peers:
             for name, stage in peer.stages.items():
-                yield "peer", peer.name, name, stage
+                yield "peer", peer.name if peer.what == "text" else f"{peer.name} on {peer.what}", name, stage
 
 
 def as_json(report: Report) -> str:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -223,8 +223,10 @@ def same_packages() -> dict[str, str]:
 class Worker:
     """An engine's process, from the side that asks. It waits, and does nothing, between two questions."""
 
-    def __init__(self, engine: str, model: Path | str, threads: int, context: int) -> None:
-        command = [sys.executable, "-m", "svcli.bench.text_engines", engine, str(model), str(threads), str(context)]
+    def __init__(
+        self, engine: str, model: Path | str, threads: int, context: int, *, module: str = "svcli.bench.text_engines"
+    ) -> None:
+        command = [sys.executable, "-m", module, engine, str(model), str(threads), str(context)]
         pipe = subprocess.PIPE
         self._engine = engine
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the worker
@@ -234,10 +236,14 @@ class Worker:
 
     def ask(self, ids: Sequence[int], new: int) -> Any:
         """What one generation gave. Raises WorkerError where the process has ended."""
+        return self.answer({"ids": list(ids), "new": new})
+
+    def answer(self, question: Mapping[str, Any]) -> Any:
+        """To any question that the module understands. Raises WorkerError where the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"ids": list(ids), "new": new}) + "\n")
+            self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:

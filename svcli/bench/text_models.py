@@ -110,6 +110,13 @@ def build_openvino(model: Path, output: Path, precision: str) -> None:
     _run("OpenVINO's converter", command)
 
 
+def build_openvino_pictures(bundle: Path, variant: str, decoder: Path, output: Path, precision: str) -> None:
+    """OpenVINO GenAI's model of a bundle with its encoder, beside its decoder as transformers reads it. Raises
+    WorkerError."""
+    command = [sys.executable, "-m", "svcli.bench.openvino_pictures", "build", str(bundle), variant]
+    _run("OpenVINO's converter", [*command, str(decoder), str(output), precision])
+
+
 def _run(what: str, command: list[str]) -> None:
     """Raises WorkerError with its last words."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=same_packages())

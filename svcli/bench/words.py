@@ -8,6 +8,11 @@ from svcli.bench.statistics import FEWEST, drift
 _BUSY = 0.5
 """Load on each core from which on the machine was doing something else."""
 _WIDE, _DRIFT, _SHARED = 1.3, 0.1, 0.1
+_BESIDE = {
+    "text": "Our decoder on text, against {}",
+    "a picture, dense": "Our dense side on a picture, against {}",
+    "a picture, CDPruner": "Our skipped side on a picture, against {} with CDPruner",
+}
 _PARTS = ("picture", "vision", "prefill", "decode")
 """Stages that are no sums of others, in which noise shows."""
 
@@ -62,7 +67,7 @@ def _about_peers(report: Report) -> list[str]:
     said = []
     for peer in report.peers:
         found = [f"{TITLES[name]} {words[stage.verdict]}, {_interval(stage)}" for name, stage in peer.stages.items()]
-        said.append(f"Our decoder on text, against {peer.name}: {'; '.join(found)} of its time.")
+        said.append(f"{_BESIDE[peer.what].format(peer.name)}: {'; '.join(found)} of its time.")
     return said
 
 

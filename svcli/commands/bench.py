@@ -231,7 +231,7 @@ def _render_peers(report: Report) -> None:
     for peer in report.peers:
         names = list(next(iter(peer.stages.values())).sides)
         ui.table(
-            f"{peer.name} {peer.version} on {peer.rows} rows of text: {peer.weights}",
+            f"{peer.title}; {peer.weights}",
             ("", *(f"{side} {mark}" for side in names for mark in ("p50", "p95")), "ours / theirs"),
             [(TITLES[name], *_times(stage, names), *_ratio(stage, names)) for name, stage in peer.stages.items()],
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from svcli.bench.figures import compared
-from svcli.bench.report import STAGES, Machine, Model, Point, Report, Roof, Settings, Side
+from svcli.bench.report import STAGES, Machine, Model, Peer, Point, Report, Roof, Settings, Side
 from svcli.bench.work import Work
 
 ROOF = Roof(source="measured", flops_per_second=1e11, bytes_per_second=1e10)
@@ -56,3 +57,15 @@ def report(
         batch=(point,),
         context=(longer,),
     )
+
+
+def beside_a_pruner() -> Report:
+    """One run time on text and about a picture, dense and pruned, each at half of the speed of ours."""
+    found = report()
+    theirs = {"openvino-genai": [2 * each for each in STEADY], "ours": STEADY}
+    asked: dict[str, Any] = {"name": "openvino-genai", "version": "1", "weights": "the same"}
+    asked["stages"] = {"decode": compared(theirs)}
+    pictures = {"a picture, dense": (266, 264), "a picture, CDPruner": (107, 106)}
+    peers = [asked | {"rows": 264}]
+    peers += [asked | {"what": what, "rows": rows, "own_rows": own} for what, (rows, own) in pictures.items()]
+    return found.model_copy(update={"peers": tuple(Peer.model_validate(each) for each in peers)})

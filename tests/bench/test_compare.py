@@ -7,7 +7,7 @@ import pytest
 from svcli.bench.compare import compare_reports
 from svcli.bench.report import Peer, Report, UnlikeError
 from svcli.errors import UsageError
-from tests.bench.reports import STEADY, report
+from tests.bench.reports import STEADY, beside_a_pruner, report
 
 
 def test_what_became_faster_is_said_and_what_did_not_is_not() -> None:
@@ -84,3 +84,12 @@ def test_another_version_of_a_peer_is_a_difference() -> None:
         compare_reports(beside("5.0"), beside("5.1"))
     for same in (beside("5.0"), report()):
         assert compare_reports(beside("5.0"), same).differences == ()
+
+
+def test_what_a_peer_was_asked_is_held_against_the_same_alone() -> None:
+    found = compare_reports(beside_a_pruner(), beside_a_pruner())
+    titles = [line.title for line in found.lines if line.title.startswith("openvino-genai")]
+    places = ["", " on a picture, dense", " on a picture, CDPruner"]
+    assert titles == [
+        f"openvino-genai{place}, decode per token, {side}" for place in places for side in ("openvino-genai", "ours")
+    ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from svcli.bench.page import page
 from svcli.bench.svg import ticks
-from tests.bench.reports import report
+from tests.bench.reports import beside_a_pruner, report
 
 
 class Reader(HTMLParser):
@@ -110,3 +110,13 @@ def test_ticks_are_round_inside_and_not_too_many(low: float, size: float, most: 
 def test_ticks_of_known_ranges() -> None:
     assert ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1]
     assert ticks(0.9, 1.1, 4) == pytest.approx([0.9, 0.95, 1.0, 1.05, 1.1])
+
+
+def test_what_a_peer_was_asked_stands_above_its_table() -> None:
+    text = page(beside_a_pruner())
+    for title in (
+        "openvino-genai 1 on 264 rows of text",
+        "openvino-genai 1 on a picture, dense: 266 rows in its KV cache, 264 in ours",
+        "openvino-genai 1 on a picture, CDPruner: 107 rows in its KV cache, 106 in ours",
+    ):
+        assert f"<h2>{title}</h2>" in text

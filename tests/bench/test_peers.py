@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from skipvision.config import TextConfig
+from skipvision.config import ResamplerConfig, TextConfig, TilesConfig
 from skipvision.layout import TokenLayout
 from svcli.bench import peers
+from svcli.bench.contestants import Asked, drawn_picture, sides
+from svcli.bench.picture_peer import misfit, pruning_ratio
 from svcli.bench.text_engines import Worker, WorkerError
 from svcli.bench.text_models import decoder_config, decoder_name, write_decoder
 from svcli.engines import EngineName
@@ -22,6 +25,7 @@ from svcli.settings import bundled_model
 from svcli_engines.base import MachineError
 from svcli_engines.torch_engine import TorchEngine
 from svcli_export.manifest import load_manifest
+from svcli_export.pixels import to_square
 from tests.optional import missing
 from tests.skipvision.zoo import transformers
 
@@ -69,6 +73,52 @@ def test_peers_that_are_not_known_or_not_comparable_are_refused() -> None:
     peers.check_peers([], EngineName.TORCH)
 
 
+def test_one_that_prunes_is_asked_about_one_whole_picture_alone() -> None:
+    config = load_manifest(bundled_model()).config
+    assert misfit(config, 1) is None
+    assert "about one" in str(misfit(config, 0))
+    assert "about one" in str(misfit(config, 2))
+    plain = replace(config, skip=None, projector_convs=0, projector_position=False)
+    assert "are cut" in str(misfit(replace(plain, tiles=TilesConfig(longest_edge=448)), 1))
+    resampled = replace(
+        plain, projector="resampler", projector_norm=False, resampler=ResamplerConfig((16, 4), (4, 4), 6)
+    )
+    assert "resampler" in str(misfit(resampled, 1))
+
+
+def test_why_no_picture_was_asked_is_said_of_those_that_could_see_one() -> None:
+    bundle = bundled_model()
+    (graphs, _) = sides(bundle, EngineName.ONNXRUNTIME)
+    side = graphs.open(Asked("What?", (drawn_picture(),), ("drawn",)))
+    try:
+        assert peers.unseen(list(peers.PEERS), side) == []
+        side.asked = Asked("What?", (), ())
+        (said,) = peers.unseen(list(peers.PEERS), side)
+        assert said == "openvino-genai was asked about text alone: of pictures, it is asked about one"
+    finally:
+        side.close()
+
+
+@pytest.mark.parametrize(("tokens", "kept", "percent"), [(256, 98, 62), (256, 256, 0), (576, 1, 99), (100, 37, 63)])
+def test_as_many_are_pruned_as_leave_what_ours_keeps(tokens: int, kept: int, percent: int) -> None:
+    assert pruning_ratio(tokens, kept) == percent
+
+
+def test_ours_is_timed_from_a_picture_that_was_made_a_square_before() -> None:
+    (graphs, _) = sides(bundled_model(), EngineName.ONNXRUNTIME)
+    side = graphs.open(Asked("What?", (drawn_picture(),), ("drawn",)))
+    try:
+        (image,) = side.images()
+        square = to_square(image, side.manifest.image)
+        assert square.size == (224, 224)
+        np.testing.assert_array_equal(side.processor.views(square), side.processor.views(image))
+        side.asked = Asked("What?", (b"not read again",), ("broken",))
+        found = side.answer(2, images=[square])
+        assert 0 < found["first_token"] < found["end_to_end"]
+    finally:
+        side.close()
+
+
 def test_a_worker_says_what_the_engine_says_and_of_variants_too() -> None:
     bundle = bundled_model()
     said = []
@@ -104,11 +154,12 @@ def test_a_peer_takes_turns_with_ours(name: str, tmp_path: Path) -> None:
     options = ["--rounds", "2", "--warm-up", "1", "--tokens", "3", "-q", "--peer", name, "--json", str(path)]
     shown = CliRunner().invoke(app, ["bench", *options])
     assert shown.exit_code == 0, shown.output
-    (peer,) = read_report(path).peers
+    (peer,) = (each for each in read_report(path).peers if each.what == "text")
     assert peer.rows == read_report(path).sides["dense"].prompt_rows
     assert list(peer.stages) == ["prefill", "decode"]
     for stage in peer.stages.values():
         assert list(stage.sides) == [name, "ours"]
         assert {len(figure.values) for figure in stage.sides.values()} == {2}
     assert peer.weights.startswith("the same decoder weights, in ")
-    assert f"{name} {peer.version} on {peer.rows} rows of text" in shown.stdout
+    assert peer.title in shown.stdout
+    assert peer.title == f"{name} {peer.version} on {peer.rows} rows of text"

@@ -14,7 +14,7 @@ import pytest
 from svcli.bench.report import COLUMNS, BenchError, as_csv, as_json, read_report
 from svcli.errors import UsageError
 from svcli.files import check_folder, check_targets, write
-from tests.bench.reports import report
+from tests.bench.reports import beside_a_pruner, report
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -118,3 +118,18 @@ def test_an_older_file_stays_whole_where_writing_fails(tmp_path: Path) -> None:
         write(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_peer_of_before_was_asked_about_text(tmp_path: Path) -> None:
+    found = beside_a_pruner()
+    path = tmp_path / "a.json"
+    path.write_text(as_json(found), encoding="utf-8")
+    assert [peer.what for peer in read_report(path).peers] == ["text", "a picture, dense", "a picture, CDPruner"]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for peer in data["peers"]:
+        del peer["what"], peer["own_rows"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert {(peer.what, peer.own_rows) for peer in read_report(path).peers} == {("text", None)}
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+    places = [row["at"] for row in rows if row["part"] == "peer" and row["side"] == "ours"]
+    assert places == ["openvino-genai", "openvino-genai on a picture, dense", "openvino-genai on a picture, CDPruner"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from svcli.bench.words import conclusions, noise
-from tests.bench.reports import STEADY, report
+from tests.bench.reports import STEADY, beside_a_pruner, report
 
 
 def test_what_became_shorter_longer_and_neither_is_said_apart() -> None:
@@ -64,3 +64,13 @@ def test_a_counter_that_stood_still_has_no_ratio(values: list[float]) -> None:
     from svcli.bench.figures import compared
 
     assert compared({"dense": [1.0] * 12, "skipped": values}).ratio is None
+
+
+def test_what_a_peer_was_asked_is_said() -> None:
+    said = [sentence for sentence in conclusions(beside_a_pruner()) if "openvino" in sentence]
+    told = "decode per token faster, 50.0% (50.0 to 50.0) of its time."
+    assert said == [
+        f"Our decoder on text, against openvino-genai: {told}",
+        f"Our dense side on a picture, against openvino-genai: {told}",
+        f"Our skipped side on a picture, against openvino-genai with CDPruner: {told}",
+    ]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import blocks, claims, report, tables
+from benchmarks import blocks, claims, report, tables, tool_blocks
 from benchmarks.report import SCRIPTS, SECTIONS, Need, Script
+from tests.bench.reports import beside_a_pruner
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -135,3 +136,15 @@ def test_options_reach_the_scripts(tmp_path: Path) -> None:
 
 def missing(script: Script, options: argparse.Namespace) -> list[str]:
     return [need.missing for need in script.needs if not need.is_there(options)]
+
+
+def test_what_a_peer_was_asked_tells_its_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool_blocks, "_report", beside_a_pruner)
+    block = tool_blocks.bench_peers()
+    for name in (
+        "openvino-genai 1",
+        "openvino-genai 1, a picture, dense, 266 rows beside 264",
+        "openvino-genai 1, a picture, CDPruner, 107 rows beside 106",
+    ):
+        assert f"| {name} |" in block
+    assert "where nothing else is said, 264 rows in prefill" in block
