@@ -17,7 +17,6 @@ import numpy as np
 from skipvision import __version__
 from svcli.bench.cpu import available_cores, cpu_model
 from svcli.bench.statistics import paired_ratio
-from svcli.files import write
 
 RESULTS = Path(__file__).parent / "results"
 BUNDLED = Path("models/skipvision-tiny")
@@ -69,7 +68,10 @@ def _versions() -> dict[str, str]:
 def write_results(results: Mapping[str, Any], path: Path) -> None:
     """Floats are cut to what was really measured. Stopped in between, the file of before is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(_rounded(results), indent=2) + "\n")
+    # Not svcli.files: the check on a GPU runs where there is no typer.
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(_rounded(results), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _rounded(value: Any) -> Any:
