@@ -35,7 +35,7 @@ def _is_there(name: str) -> bool:
 def command(options: argparse.Namespace) -> list[str]:
     """Stages, sequences side by side, longer prompts, and peers."""
     bench = [sys.executable, "-m", "svcli", "bench", str(options.bundle), "examples/hamburgers.png"]
-    bench += ["--rounds", str(options.rounds), "--batch", "1,2,4", "--context", "300,600,900"]
+    bench += ["--rounds", str(options.rounds), "--batch", "1,2,4", "--context", "300,600,800"]
     return [*bench, "--json", str(options.output), *(f"--peer={name}" for name in peers())]
 
 

@@ -22,6 +22,8 @@ DOCUMENTS = tuple(
     for name in (
         "README.md",
         "benchmarks/README.md",
+        "docs/bench.md",
+        "docs/eval.md",
         "docs/models.md",
         "docs/plugins.md",
         "docs/profile.md",

@@ -17,6 +17,7 @@ UNMEASURED = {"kernels", "gpu", "gpu_engine"}
 """Blocks that may say so. By hand, so that a result which is lost, or measured at last, is noticed."""
 SCRIPTS = (
     "accuracy",
+    "bench",
     "export_size",
     "gpu_check",
     "gpu_engine",
@@ -25,7 +26,9 @@ SCRIPTS = (
     "main_plot",
     "main_table",
     "profile",
+    "reduction",
     "report",
+    "row_order",
     "server_faults",
     "serving",
     "smollm2",
@@ -51,6 +54,8 @@ def test_only_what_is_listed_is_not_measured() -> None:
     ("document", "blocks"),
     [
         ("README.md", {"accuracy", "twins", "speed", "start"}),
+        ("docs/bench.md", {"bench", "bench_work", "bench_peers"}),
+        ("docs/eval.md", {"baselines", "sweep"}),
         ("docs/models.md", {"families", "loading", "export_size"}),
         ("docs/profile.md", {"profile"}),
         ("docs/serve.md", {"serving", "soak", "faults"}),

@@ -38,7 +38,11 @@ def test_stages_stand_beside_what_they_say(results: Callable[[str, Any], None]) 
     told["versions"]["onnxruntime"] = "1.31.1"
     told["remarks"] = ["stopped after 20 rounds"]
     results("bench", told)
+    results("speed", {"onnxruntime": {"vision": {"dense": {"median": 1.1}}}})
+    assert "inside of one table" not in tool_blocks.bench()
+    results("speed", {"onnxruntime": {"vision": {"dense": {"median": 0.5}}}})
     found = tool_blocks.bench()
+    assert "Vision takes 2 times as long as in `benchmarks.speed`" in found
     assert "| prefill | 1 s | 1 s | 501 ms | 502 ms | 0.50 | 0.50 to 0.50 |" in found
     assert "| 4 side by side: decode per token |" in found
     assert "| 300 rows: prefill |" in found
