@@ -24,6 +24,18 @@ def without_telemetry() -> None:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
+def running(folder: Path, threads: int, rows: int) -> tuple[Any, dict[str, Any]]:
+    """Scheduler and options of a pipeline, alike for text and pictures: a prompt of up to `rows` at once, and none kept
+    from one question to the next; in fp32 where the folder's name says that the weights are, or else in what OpenVINO
+    picks."""
+    import openvino_genai as og
+
+    plan = og.SchedulerConfig()
+    plan.enable_prefix_caching, plan.max_num_batched_tokens = False, rows
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} if folder.name.startswith("fp") else {}
+    return plan, {"INFERENCE_NUM_THREADS": threads} | exact
+
+
 def build(folder: Path, output: Path, precision: str) -> None:
     """OpenVINO's files of a decoder."""
     without_telemetry()

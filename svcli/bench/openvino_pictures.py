@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from svcli.bench.openvino_models import compressed, decoder_graph, without_telemetry
+from svcli.bench.openvino_models import compressed, decoder_graph, running, without_telemetry
 from svcli_export.manifest import Manifest, load_manifest
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -57,8 +58,7 @@ def build(bundle: Path, variant: str, decoder: Path, output: Path, precision: st
         if content not in known:
             tokenizer["added_tokens"].append({"id": number, "content": content} | kinds)
     (output / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (output / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
+    shutil.copyfile(decoder / "tokenizer_config.json", output / "tokenizer_config.json")
     pair = convert_tokenizer(AutoTokenizer.from_pretrained(output), with_detokenizer=True)
     for name, graph in zip(("tokenizer", "detokenizer"), pair, strict=True):
         ov.save_model(graph, output / f"openvino_{name}.xml")
@@ -162,10 +162,8 @@ def serve(folder: Path, threads: int, rows: int) -> None:
     import openvino_genai as og
 
     size = math.isqrt(json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))["max_pixels"])
-    plan = og.SchedulerConfig()
-    plan.enable_prefix_caching, plan.max_num_batched_tokens = False, rows
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} if folder.name.startswith("fp") else {}
-    pipe: Any = og.VLMPipeline(str(folder), "CPU", scheduler_config=plan, INFERENCE_NUM_THREADS=threads, **exact)
+    plan, options = running(folder, threads, rows)
+    pipe: Any = og.VLMPipeline(str(folder), "CPU", scheduler_config=plan, **options)
     said = og.GenerationConfig(str(folder / "generation_config.json"))
     said.do_sample, said.ignore_eos, said.apply_chat_template = False, True, False
 

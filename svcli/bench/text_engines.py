@@ -124,17 +124,13 @@ def genai(model: Path, threads: int, context: int) -> Start:
 def openvino_genai(model: Path, threads: int, context: int) -> Start:
     """The steps of an LLMPipeline on the CPU. It keeps no prompt from one question to the next, as that would by
     default. In fp32 where the weights are, or else in what OpenVINO picks, its KV cache in 8 bits."""
-    from svcli.bench.openvino_models import without_telemetry
+    from svcli.bench.openvino_models import running, without_telemetry
 
     without_telemetry()
     import openvino
     import openvino_genai as og
 
-    plan = og.SchedulerConfig()
-    plan.enable_prefix_caching = False
-    plan.max_num_batched_tokens = context
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    options = {"INFERENCE_NUM_THREADS": threads} | (exact if model.name.startswith("fp") else {})
+    plan, options = running(model, threads, context)
     network = og.ContinuousBatchingPipeline(str(model), plan, "CPU", options)
     said = og.GenerationConfig(str(model / "generation_config.json"))
     said.do_sample, said.ignore_eos, said.max_new_tokens = False, True, context
