@@ -103,7 +103,10 @@ class Browser:
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
         )
+        # A script that came before the page would still find the page of the test before, and be lost with it.
+        self.driver.get("about:blank")
         self.driver.get(process.url)
+        self.wait(lambda: self.texts("#model option") or any(self.texts("#key-form label")))
 
     def find(self, css: str) -> Any:
         return self.driver.find_element(By.CSS_SELECTOR, css)
@@ -112,7 +115,10 @@ class Browser:
         return [each.text for each in self.driver.find_elements(By.CSS_SELECTOR, css)]
 
     def wait(self, condition: Callable[[], object]) -> None:
-        wait_until(lambda: bool(condition()))
+        try:
+            wait_until(lambda: bool(condition()))
+        except AssertionError:
+            pytest.fail(f"waited in vain; the page says {self.texts('body')}, its console {self.complaints()}")
 
     def is_done(self) -> bool:
         return self.texts("article") != [] and not self.driver.find_elements(By.CSS_SELECTOR, '[aria-busy="true"]')
