@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal, NoReturn, TextIO
 
 INTERRUPTED = 130
 """What a shell reports for a process that Ctrl-C has ended."""
@@ -45,6 +45,11 @@ def _main() -> None:
         finally:
             # What help and versions have left there would else be written, and fail, when nobody can tell it any more.
             sys.stdout.flush()
+    except SystemExit as end:
+        # Where the reader of help has gone, typer ends with 1, and where that of notes has, rich does.
+        if isinstance(end.__context__, BrokenPipeError):
+            _leave_as_the_reader_did()
+        raise
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except ImportError as error:
@@ -59,15 +64,23 @@ def _main() -> None:
         sys.exit(MACHINE)
     except OSError as error:
         # Of the texts that no command writes; commands tell their own.
+        if isinstance(error, BrokenPipeError):
+            _leave_as_the_reader_did()
         from svcli import ui
-        from svcli.errors import BROKEN_PIPE, explain, silence_stdout
+        from svcli.errors import explain, silence_stdout
 
         silence_stdout()
-        if isinstance(error, BrokenPipeError):
-            sys.exit(BROKEN_PIPE)
         message, code = explain(error)
         ui.error(message)
         sys.exit(code)
+
+
+def _leave_as_the_reader_did() -> NoReturn:
+    """Ends without a word, with the code of a process that the signal of a broken pipe has ended."""
+    from svcli.errors import BROKEN_PIPE, silence_stdout
+
+    silence_stdout()
+    sys.exit(BROKEN_PIPE)
 
 
 def _nowhere(mode: Literal["r", "w"]) -> TextIO:

@@ -115,13 +115,33 @@ def test_a_reader_that_left_is_no_error(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("arguments", [["inspect"], ["doctor"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect"],
+        ["doctor"],
+        ["--version"],
+        ["--help"],
+        ["eval", "--help"],
+        ["bench", "run", "--help"],
+        ["eval", "--list"],
+    ],
+)
 def test_a_reader_that_goes_is_no_failure(command: list[str], arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([*command, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--bogus"], ["inspect"], ["inspect", "nowhere"]])
+def test_nor_is_one_of_errors_too(command: list[str], arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, *arguments], stdout=writer, stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 141
 
 
 def test_a_stdout_that_was_closed_is_no_defect(command: list[str]) -> None:
