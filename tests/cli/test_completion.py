@@ -156,3 +156,40 @@ def test_the_script_of_any_shell_can_be_had(program: Path, name: str) -> None:
     environment = {**os.environ, "_SVCLI_COMPLETE": f"source_{name}"}
     done = subprocess.run([program], env=environment, capture_output=True, text=True, check=True)
     assert f"_SVCLI_COMPLETE=complete_{name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_how_to_be_rid_of_it_names_all_that_is_written(program: Path, name: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    arguments = [program, "--install-completion", name]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    written = {f"~/{path.relative_to(tmp_path).as_posix()}" for path in tmp_path.rglob("*") if path.is_file()}
+    (script,) = written - {f"~/.{name}rc"}
+    assert f"{name} completion installed in {tmp_path}{script[1:]}" in done.stdout
+    tutorial = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (row,) = (line for line in tutorial.splitlines() if line.startswith(f"| {name} | "))
+    assert all(f"`{path}`" in row for path in written)
+    said = subprocess.run([program, "--help"], capture_output=True, text=True, check=True).stdout
+    assert script in said
+
+
+def test_bash_starts_without_a_word_when_it_is_gone(program: Path, tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    subprocess.run([program, "--install-completion", "bash"], env=environment, capture_output=True, check=True)
+
+    def completes() -> tuple[int, str]:
+        line = [bash, "--rcfile", str(tmp_path / ".bashrc"), "-ic", "complete -p svcli"]
+        done = subprocess.run(
+            line, env=environment, capture_output=True, text=True, check=False, start_new_session=True
+        )
+        return done.returncode, done.stderr
+
+    assert completes()[0] == 0
+    (tmp_path / ".bash_completions" / "svcli.sh").unlink()
+    assert ".bash_completions/svcli.sh: No such file" in completes()[1]
+    read = (tmp_path / ".bashrc").read_text().splitlines()
+    (tmp_path / ".bashrc").write_text("\n".join(line for line in read if "svcli.sh" not in line) + "\n")
+    code, said = completes()
+    assert (code, "svcli.sh" in said) == (1, False)
