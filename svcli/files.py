@@ -1,12 +1,14 @@
-"""Files and folders that results go to: looked at first, and written in one move."""
+"""Files and folders that results go to: looked at first, and written in one move, or by one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from svcli.errors import UsageError
 
@@ -54,6 +56,21 @@ def write(path: Path, content: bytes | str) -> None:
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
+
+
+def keep_others_out(file: IO[bytes], path: Path, command: str) -> None:
+    """Until `file`, which is open at `path`, is closed, or its process ends, however that ends.
+
+    Raises UsageError where another `command` does so. A device, and a file system without locks, keep nobody out.
+    """
+    if _is_device(path):
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{path}: another {command} is writing it; wait until it ends, or choose another") from None
+    except OSError:
+        pass
 
 
 def _is_device(path: Path) -> bool:

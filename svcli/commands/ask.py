@@ -28,7 +28,7 @@ from svcli.answer_options import (
 )
 from svcli.engines import EngineName, open_pool
 from svcli.errors import UsageError
-from svcli.files import naming
+from svcli.files import keep_others_out, naming
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ def ask(
         raise UsageError(f"{data}: holds no questions")
     if output.exists() and output.samefile(data):
         raise UsageError(f"--output {output} is DATA itself; choose another file")
-    done, num_failed = (0, 0) if overwrite else _done(output, data, run)
     root = images or data.parent
 
     limits = FetchLimits(allow_private=allow_private_urls, private_remedy=PRIVATE_REMEDY)
@@ -109,7 +108,11 @@ def ask(
         return source.open(manifest.image.transparency, limits).image
 
     progress = ui.Progress(is_quiet=quiet)
-    with progress, naming(output), output.open("wb" if overwrite else "ab") as file:
+    with progress, naming(output), output.open("ab") as file:
+        keep_others_out(file, output, "svcli ask")
+        if overwrite and output.is_file():
+            os.truncate(output, 0)
+        done, num_failed = _done(output, data, run)
         if done:
             progress.log(f"{done} of {total} rows are answered already")
         if done == total:
@@ -153,8 +156,8 @@ def _done(output: Path, data: Path, run: str) -> tuple[int, int]:
 
     Raises ResumeError for lines of another run.
     """
-    if not output.exists():
-        return 0, 0
+    if not output.is_file():
+        return 0, 0  # such as /dev/stdout, which cannot be read again
     other = ResumeError(
         f"{output} holds something else than answers to {data} with these settings; choose another file, or --overwrite"
     )

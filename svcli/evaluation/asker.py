@@ -32,6 +32,8 @@ class Asker(Protocol):
 
     name: str
     """As the command line says it: `skipped`, `dense`, `random:44`, `pool:49`, `blind`."""
+    looks: bool
+    """Whether it is to be shown pictures."""
 
     def answer(self, question: str, images: Sequence[Image.Image], max_new_tokens: int) -> Said:
         """A greedy answer. Raises EngineError or PromptError for what cannot be asked."""

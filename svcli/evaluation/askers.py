@@ -119,6 +119,7 @@ class BundleAsker:
         self._kind: _Kind = kind if kind in ("random", "pool", "blind") else "all"  # type: ignore[assignment]
         self._count = int(count or 0)
         """Rows that are left of each view; 0: all."""
+        self.looks = self._kind != "blind"
         graphs = manifest
         if self._count or self.name == DENSE:
             graphs = manifest if manifest.config.skip is None else manifest.variant(DENSE)
@@ -161,7 +162,7 @@ class BundleAsker:
 
     def _prefill(self, question: str, images: Sequence[Image.Image]) -> tuple[_Shown, Logits, float]:
         """What is shown, the logits [vocab] behind the question, and the seconds from pixels to them."""
-        seen = () if self._kind == BLIND else images
+        seen = images if self.looks else ()
         asked = Question(self.processor, [Message("user", question, len(seen))], seen, self._pictures)
         self._pictures = asked.pictures
         engine, num_encoded = self._engine, self._visuals.num_misses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import IO, Any
 
 from svcli.evaluation.asker import Said
 from svcli.evaluation.task import Item, Judged
-from svcli.files import naming
+from svcli.files import keep_others_out, naming
 
 FORMAT = 1
 _SECONDS_BETWEEN_SYNCS = 5.0
@@ -97,7 +96,7 @@ class Results:
     def __init__(self, path: Path, header: Header, *, overwrite: bool = False) -> None:
         """What stands behind the last whole line is cut off. Items that could not be asked are not among `lines`.
 
-        Raises ResultsError for another run's file, a broken one, or one that is being written.
+        Raises ResultsError for another run's file or a broken one, UsageError for one that is being written.
         """
         self.path, self.header = path, header
         self._failed = dict[str, Line]()
@@ -105,12 +104,7 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = path.open("a+b")
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ResultsError(
-                    f"{path}: another svcli eval is writing it; wait, or choose another folder"
-                ) from None
+            keep_others_out(self._file, path, "svcli eval")
             if overwrite:
                 os.truncate(path, 0)
             self.lines = self._begin()

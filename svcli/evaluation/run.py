@@ -101,7 +101,7 @@ def answer(work: Work, asker: Asker, results: Results, transparency: Transparenc
         try:
             if looked:
                 shown, images = "", []
-                images = [open_image(each, transparency).image for each in item.pictures]
+                images = [open_image(each, transparency).image for each in item.pictures if asker.looks]
                 shown = key
             said = asker.answer(item.question, images, work.task.max_new_tokens)
         except MachineError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -54,7 +54,8 @@ class Session:
         """Of all that `out` holds then, other shards included.
 
         `only` are all askers, or else `baselines` are those beside the bundle as it is; None: whatever it allows.
-        Raises AskerError for one that is named and not allowed, TaskError, ResultsError, and what engines raise.
+        Raises AskerError for one that is named and not allowed, TaskError, ResultsError, UsageError where another
+        process writes one of the files, and what engines raise.
         """
         names = self._names(only, baselines)
         work = Work(self.task, self.folder, self.split, self.limit, self.shard)
@@ -64,8 +65,11 @@ class Session:
         live = not self.is_quiet and sys.stderr.isatty()
         with ui.Progress(is_quiet=not live) as progress:
             try:
-                for header in headers:
-                    self._ask(work, header, progress)
+                # All of them first: what cannot go on is told before anything is asked.
+                with ExitStack() as stack:
+                    held = [stack.enter_context(self._open(header)) for header in headers]
+                    for results in held:
+                        self._ask(work, results, progress)
             except KeyboardInterrupt:
                 self._note(f"what was answered is kept in {self.out}; the same command goes on")
                 raise
@@ -73,21 +77,23 @@ class Session:
             self._note(*dense_remarks(self._manifest))
         return collect(self.out)
 
-    def _ask(self, work: Work, header: Header, progress: ui.Progress) -> None:
-        path = results_path(self.out, header.asker, work.shard)
-        with Results(path, header, overwrite=self.overwrite) as results:
-            done, total = len(results.lines), header.num_items
-            if done:
-                self._note(f"{header.asker}: {done} of {total} items are answered already")
-            if done == total:
-                return
-            score = sum(line.score for line in results.lines)
-            with closing(open_asker(header.asker, self.bundle, self._manifest, self.engine, self.threads)) as asker:
-                progress.update(header.asker, done, total)
-                for line in answer(work, asker, results, self._manifest.image.transparency):
-                    done, score = done + 1, score + line.score
-                    facts = [f"score {score / done:.1%}"] if is_scored(self.task, self.split) else []
-                    progress.update(header.asker, done, total, f"{done}/{total}", *facts)
+    def _open(self, header: Header) -> Results:
+        return Results(results_path(self.out, header.asker, self.shard), header, overwrite=self.overwrite)
+
+    def _ask(self, work: Work, results: Results, progress: ui.Progress) -> None:
+        name = results.header.asker
+        done, total = len(results.lines), results.header.num_items
+        if done:
+            self._note(f"{name}: {done} of {total} items are answered already")
+        if done == total:
+            return
+        score = sum(line.score for line in results.lines)
+        with closing(open_asker(name, self.bundle, self._manifest, self.engine, self.threads)) as asker:
+            progress.update(name, done, total)
+            for line in answer(work, asker, results, self._manifest.image.transparency):
+                done, score = done + 1, score + line.score
+                facts = [f"score {score / done:.1%}"] if is_scored(self.task, self.split) else []
+                progress.update(name, done, total, f"{done}/{total}", *facts)
 
     def _names(self, only: Sequence[str] | None, baselines: Sequence[str] | None) -> list[str]:
         if only is not None:

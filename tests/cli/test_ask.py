@@ -184,6 +184,41 @@ def test_a_run_that_is_stopped_goes_on(number: int, long_bundle: Path, pictures:
     assert [each["row"] for each in lines(output)] == list(range(1, done + 4))
 
 
+def test_one_run_at_a_time_writes_a_file(long_bundle: Path, pictures: list[str], tmp_path: Path) -> None:
+    rows = [{"image": pictures[n % 3], "question": "what" + "?" * (n % 5)} for n in range(400)]
+    data, output = write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
+    arguments = ["ask", str(data), "-o", str(output), "--model", str(long_bundle), "--max-new-tokens", "20"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "engines")))}
+    with subprocess.Popen(
+        [sys.executable, "-m", "svcli", *arguments], env=environment, stderr=subprocess.PIPE
+    ) as first:
+        while not output.exists() or output.read_bytes().count(b"\n") < 2:
+            assert first.poll() is None
+        first.send_signal(signal.SIGSTOP)
+        before = output.read_bytes()
+        for overwrite in ([], ["--overwrite"]):
+            refused = CliRunner().invoke(app, [*arguments, *overwrite])
+            assert refused.exit_code == 2
+            sentence = "another svcli ask is writing it; wait until it ends, or choose another"
+            assert refused.stderr == f"Error: {output}: {sentence}\n"
+        assert output.read_bytes() == before
+        first.kill()
+    short = write(tmp_path / "short.jsonl", rows[: before.count(b"\n") + 1])
+    ask(short, output, "--model", long_bundle, "--max-new-tokens", "20")  # who was killed holds nothing
+    assert [each["row"] for each in lines(output)] == list(range(1, before.count(b"\n") + 2))
+
+
+def test_answers_may_go_where_they_cannot_be_read_again(bundle: Path, pictures: list[str], tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"image": pictures[0], "question": "what?"}])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "engines")))}
+    arguments = ["ask", str(data), "-o", "/dev/stdout", "--model", str(bundle), *SHORT]
+    command = [sys.executable, "-m", "svcli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["row"] == 1
+    ask(data, tmp_path / "out.jsonl", "--model", bundle, *SHORT)
+    assert done.stdout == (tmp_path / "out.jsonl").read_bytes()
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     line=st.binary(max_size=60)

@@ -216,6 +216,15 @@ def test_what_cannot_be_asked_is_wrong_and_said(wheel: Path, tmp_path: Path) -> 
     assert (tmp_path / "skipped.jsonl").read_bytes() == before  # for the same reasons
 
 
+def test_who_does_not_look_is_asked_about_a_broken_picture_too(wheel: Path, tmp_path: Path) -> None:
+    done = evaluate("easy-vqa", "--data", wheel, "--only", "blind", "--out", tmp_path)
+    assert "blind: 1 of 4 could not be asked" in done.stdout  # the question that is too long
+    _, first, second, broken, long = lines(tmp_path / "blind.jsonl")
+    assert broken["text"] == first["text"]
+    assert [each["looked"] for each in (first, second, broken)] == [True, False, True]
+    assert "context" in long["error"]
+
+
 def test_what_could_not_be_asked_is_asked_again(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "skipped.jsonl"
     header, first, *rest = (whole / "skipped.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -342,6 +351,22 @@ def test_two_runs_do_not_write_one_file(whole: Path) -> None:
     with (whole / "skipped.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "another svcli eval" in evaluate(*SHAPES, *OWN, "--limit", 18, "--out", whole, code=2).stderr
+
+
+def test_what_one_file_refuses_leaves_the_others_as_they_were(whole: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    path, other = tmp_path / "skipped.jsonl", tmp_path / "blind.jsonl"
+    path.write_bytes((whole / "skipped.jsonl").read_bytes())
+    with other.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        arguments = [*SHAPES, "--baselines", "blind", "--limit", 18, "--out", tmp_path]
+        done = evaluate(*arguments, code=2)
+        assert done.stderr.count("\n") == 1 + done.stderr.count("Note:")
+        assert f"Error: {other}: another svcli eval is writing it" in done.stderr
+        assert len(lines(path)) == 19
+    evaluate(*arguments)  # the lock went with the one who had it
+    assert len(lines(other)) == 19
 
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:
