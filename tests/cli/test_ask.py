@@ -189,20 +189,18 @@ def test_one_run_at_a_time_writes_a_file(long_bundle: Path, pictures: list[str],
     data, output = write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
     arguments = ["ask", str(data), "-o", str(output), "--model", str(long_bundle), "--max-new-tokens", "20"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "engines")))}
-    with subprocess.Popen(
-        [sys.executable, "-m", "svcli", *arguments], env=environment, stderr=subprocess.PIPE
-    ) as first:
+    with subprocess.Popen([sys.executable, "-m", "svcli", *arguments], env=environment) as first:
         while not output.exists() or output.read_bytes().count(b"\n") < 2:
             assert first.poll() is None
         first.send_signal(signal.SIGSTOP)
         before = output.read_bytes()
-        for overwrite in ([], ["--overwrite"]):
-            refused = CliRunner().invoke(app, [*arguments, *overwrite])
-            assert refused.exit_code == 2
-            sentence = "another svcli ask is writing it; wait until it ends, or choose another"
-            assert refused.stderr == f"Error: {output}: {sentence}\n"
-        assert output.read_bytes() == before
+        refused = [CliRunner().invoke(app, [*arguments, *overwrite]) for overwrite in ([], ["--overwrite"])]
+        after = output.read_bytes()
         first.kill()
+    sentence = "another svcli ask is writing it; wait until it ends, or choose another"
+    for each in refused:
+        assert (each.exit_code, each.stderr) == (2, f"Error: {output}: {sentence}\n")
+    assert after == before
     short = write(tmp_path / "short.jsonl", rows[: before.count(b"\n") + 1])
     ask(short, output, "--model", long_bundle, "--max-new-tokens", "20")  # who was killed holds nothing
     assert [each["row"] for each in lines(output)] == list(range(1, before.count(b"\n") + 2))
