@@ -114,8 +114,9 @@ def evaluate(
         return
     wanted = Wanted(html, export, as_json)
     if merge is not None:
-        if words or shard or only or baselines or out:
-            raise UsageError("--merge asks nothing: it goes with --data, --html and --json alone")
+        is_other_engine = engine != EngineName.ONNXRUNTIME
+        if any((words, split, limit, shard, baselines, only, out, threads, overwrite, is_other_engine)):
+            raise UsageError("--merge asks nothing: it goes with --data, --html, --export, --json and --quiet alone")
         _merge(merge, data, wanted)
         return
     if only is not None and baselines is not None:

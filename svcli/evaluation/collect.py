@@ -45,8 +45,9 @@ def collect(folder: Path) -> Report:
     if header.task not in TASKS:
         raise ResultsError(f"{path}: of the task {header.task}, which this version of svcli does not have")
     for _, each, lines in found:
-        # Shards of different counts overlap.
-        answers.setdefault(each.asker, {}).update((line.item.id, line) for line in lines)
+        held = answers.setdefault(each.asker, {})
+        # Shards of different counts overlap: what one could not ask, another may have asked.
+        held.update((line.item.id, line) for line in lines if line.said is not None or line.item.id not in held)
     order = sorted(answers, key=lambda name: (_place(name), name))
     by_asker = {name: list(answers[name].values()) for name in order}
     return Report.of(TASKS[header.task], header.split, by_asker, header.num_all)

@@ -164,6 +164,18 @@ def test_shards_are_disjoint_and_add_up(whole: Path, tmp_path: Path) -> None:
     assert merged == alone
 
 
+def test_what_one_shard_could_not_ask_another_may_have(whole: Path, tmp_path: Path) -> None:
+    header, first, *rest = (whole / "skipped.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "skipped.jsonl").write_text("".join([header, first, *rest]), encoding="utf-8")
+    kept = {name: json.loads(first)[name] for name in ("id", "group", "question", "truth", "pictures")}
+    failed = kept | {"answer": "", "score": 0.0, "error": "the disk was away"}
+    shard = json.loads(header) | {"shard": "0/3", "num_items": 1}
+    for name in ("skipped.0-of-3.jsonl", "skipped.z.jsonl"):  # before and behind it
+        (tmp_path / name).write_text(f"{json.dumps(shard)}\n{json.dumps(failed)}\n", encoding="utf-8")
+        report = json.loads(evaluate("--merge", tmp_path, "--json").stdout)
+        assert (report["askers"]["skipped"]["answered"], report["askers"]["skipped"]["not asked"]) == (18, 0)
+
+
 def test_a_shard_has_an_item_whatever_the_order(tmp_path: Path) -> None:
     items = [item for item, _ in Work(TASKS["bundled"], tmp_path, "shapes", 40).items()]
     for item in items:
@@ -304,6 +316,10 @@ def test_nothing_that_could_be_asked_is_a_failure(tmp_path: Path) -> None:
         ([*SHAPES, "--only", "none"], "at least one"),
         ([*SHAPES, *OWN, "--limit", "1", "--shard", "0/1000"], "none of the items"),
         (["bundled", "--merge", "x"], "asks nothing"),
+        (["--merge", "x", "--limit", "3"], "asks nothing"),
+        (["--merge", "x", "--split", "shapes"], "asks nothing"),
+        (["--merge", "x", "--overwrite"], "asks nothing"),
+        (["--merge", "x", "--engine", "torch"], "asks nothing"),
         (["--merge", "nowhere"], "holds no results"),
         ([*SHAPES, *OWN, "--out", "/dev/null"], "/dev/null is a file; name a folder"),
         ([*SHAPES, *OWN, "--html", "."], "is a folder; name a file"),

@@ -89,6 +89,7 @@ def test_the_copy_on_hugging_face_and_the_chinese_one_are_read(tmp_path: Path) -
         ("A bird in a tree", "C"),
         ("A bird", "A"),  # taken for the letter
         ("It must be a dog, since it barks and runs behind the postman", ""),  # longer than twice all options
+        ("a dog" + "," * 26 + "İ", ""),  # longer than that in small letters alone
         ("Z", ""),
         ("I can't process this file. B", ""),
         ("", ""),

@@ -140,9 +140,10 @@ def choice(said: str, options: dict[str, str]) -> str:
     found = _SAID.search(said)
     if found and found[1].upper() in options:
         return found[1].upper()
-    if len(said) > 2 * sum(map(len, options.values())):
+    lower = said.lower()  # which may be longer
+    if len(lower) > 2 * sum(map(len, options.values())):
         return ""
-    named = [letter for letter, option in options.items() if option.lower() in said.lower()]
+    named = [letter for letter, option in options.items() if option.lower() in lower]
     return named[0] if len(named) == 1 else ""
 
 

@@ -50,8 +50,9 @@ class Mmmu:
     """Asked as the authors ask LLaVA-1.5 (mmmu/configs/llava1.5.yaml), judged as their eval_utils.py does.
 
     Their script shows LLaVA the first picture alone, and guesses where options are pictures; here all pictures that a
-    question names are shown, in the order of their numbers. Where no letter can be read, the script guesses at random,
-    and so does this, by the question's id, so that every run guesses alike; `guessed %` tells how often.
+    question names are shown, in the order of their numbers. It draws answers, with five beams; here they are greedy.
+    Where no letter can be read, the script guesses at random, and so does this, by the question's id, so that every run
+    guesses alike; `guessed %` tells how often.
     """
 
     name = "mmmu"
