@@ -161,7 +161,7 @@ def test_the_script_of_any_shell_can_be_had(program: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
 def test_how_to_be_rid_of_it_names_all_that_is_written(program: Path, name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    arguments = [program, "--install-completion", name]
+    arguments = [str(program), "--install-completion", name]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
     written = {f"~/{path.relative_to(tmp_path).as_posix()}" for path in tmp_path.rglob("*") if path.is_file()}
     (script,) = written - {f"~/.{name}rc"}

@@ -376,7 +376,7 @@ def test_what_one_file_refuses_leaves_the_others_as_they_were(whole: Path, tmp_p
     path.write_bytes((whole / "skipped.jsonl").read_bytes())
     with other.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        arguments = [*SHAPES, "--baselines", "blind", "--limit", 18, "--out", tmp_path]
+        arguments: list[str | Path | int] = [*SHAPES, "--baselines", "blind", "--limit", 18, "--out", tmp_path]
         done = evaluate(*arguments, code=2)
         assert done.stderr.count("\n") == 1 + done.stderr.count("Note:")
         assert f"Error: {other}: another svcli eval is writing it" in done.stderr
