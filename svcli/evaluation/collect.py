@@ -70,7 +70,7 @@ def write_summary(folder: Path, report: Report) -> None:
 def export_answers(report: Report, path: Path) -> None:
     """Those of the first asker, as whoever judges them elsewhere reads them."""
     assert isinstance(report.task, Exports)
-    report.task.export_answers([line.judged for line in report.answers[0].lines], path)
+    write(path, report.task.exported([line.judged for line in report.answers[0].lines]))
 
 
 def _place(name: str) -> int:

@@ -93,6 +93,6 @@ class Exports(Protocol):
     export: str
     """What kind of file that is, its ending with it, and who reads it; a few words."""
 
-    def export_answers(self, judged: Sequence[Judged], path: Path) -> None:
-        """Writes it. Raises OSError."""
+    def exported(self, judged: Sequence[Judged]) -> str | bytes:
+        """What is in it."""
         ...

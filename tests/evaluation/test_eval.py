@@ -264,8 +264,12 @@ def test_what_others_score_is_written_for_them(tmp_path: Path) -> None:
     assert "Intervals" not in done.stdout
     written = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
     assert written == {each["id"]: each["text"] for each in lines(tmp_path / "out" / "skipped.jsonl")[1:]}
-    report = json.loads(evaluate("--merge", tmp_path / "out", "--json").stdout)
-    assert report["askers"]["skipped"]["figure"] is None
+    os.link(tmp_path / "answers.json", tmp_path / "held.json")
+    merged: list[str | Path] = ["--merge", tmp_path / "out", "--export", tmp_path / "answers.json", "--json"]
+    assert json.loads(evaluate(*merged).stdout)["askers"]["skipped"]["figure"] is None
+    # In one move: the file that was there stays whole until then.
+    assert not (tmp_path / "answers.json").samefile(tmp_path / "held.json")
+    assert json.loads((tmp_path / "answers.json").read_text(encoding="utf-8")) == written
     assert "only its judge can tell" in evaluate(*asked, "--html", tmp_path / "page.html", code=2).stderr
     assert "scored here" in evaluate(*SHAPES, *OWN, "--export", tmp_path / "x", code=2).stderr
 

@@ -89,8 +89,7 @@ def test_answers_of_the_test_split_go_to_the_server(tmp_path: Path) -> None:
     assert [each.score for each in done] == [0]
     assert TASK.summary(done) == {}
     assert TASK.unscored == ("test",)
-    TASK.export_answers(done, tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text()) == [{"questionId": "7", "prediction": "a dog"}]
+    assert json.loads(TASK.exported(done)) == [{"questionId": "7", "prediction": "a dog"}]
     copy = tmp_path / "copy"
     put_parquet(
         copy / "test_balanced_instructions" / "test-00000-of-00001.parquet",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -118,8 +119,7 @@ def test_answers_of_the_test_split_go_to_the_server_as_a_sheet(tmp_path: Path) -
     put_table(tmp_path / "MMBench_TEST_EN.tsv", rows)
     done = judged(TASK, asked(TASK, tmp_path, "test"), {"241#0": "A <cat> & \x07more", "252#0": "B"})
     assert TASK.summary(done) == {}
-    TASK.export_answers(done, tmp_path / "out.xlsx")
-    with ZipFile(tmp_path / "out.xlsx") as archive:
+    with ZipFile(BytesIO(TASK.exported(done))) as archive:
         for name in archive.namelist():
             ElementTree.fromstring(archive.read(name))
         sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))

@@ -158,8 +158,7 @@ def test_answers_of_the_test_split_go_to_the_server(tmp_path: Path) -> None:
     put_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
     done = judged(TASK, asked(TASK, tmp_path, "test"), {"test_Accounting_1": "(C)", "test_Math_16": " 12 m "})
     assert TASK.summary(done) == {}
-    TASK.export_answers(done, tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text()) == {"test_Accounting_1": "C", "test_Math_16": "12 m"}
+    assert json.loads(TASK.exported(done)) == {"test_Accounting_1": "C", "test_Math_16": "12 m"}
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,8 @@ def test_there_is_no_score_but_a_file_for_the_judge(tmp_path: Path) -> None:
     assert TASK.summary(done) == {}
     assert isinstance(TASK, Exports)
     assert TASK.unscored == TASK.splits
-    TASK.export_answers(done, tmp_path / "out.json")
     # What mm-vet_evaluator.py looks its answers up in.
-    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == {"v1_0": "x = -1 or x = -5", "v1_1": "é"}
+    assert json.loads(TASK.exported(done)) == {"v1_0": "x = -1 or x = -5", "v1_1": "é"}
 
 
 def test_broken_entries_are_refused_with_their_key(tmp_path: Path) -> None:

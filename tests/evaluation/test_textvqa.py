@@ -110,8 +110,7 @@ def test_answers_of_the_test_split_go_to_the_server(tmp_path: Path) -> None:
     put_json(tmp_path / "TextVQA_0.5.1_test.json", {"data": [entry(5, None)]})
     done = judged(TASK, asked(TASK, tmp_path, "test"), {"5": "The Nokia"})
     assert TASK.summary(done) == {}
-    TASK.export_answers(done, tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text()) == [{"question_id": 5, "answer": "nokia"}]
+    assert json.loads(TASK.exported(done)) == [{"question_id": 5, "answer": "nokia"}]
 
 
 def test_nine_answers_are_refused(tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ class Gqa:
             **group_accuracies(scored, lambda each: str(each.item.truth["semantic"])),
         }
 
-    def export_answers(self, judged: Sequence[Judged], path: Path) -> None:
+    def exported(self, judged: Sequence[Judged]) -> str:
         answers = [{"questionId": each.item.id, "prediction": each.answer} for each in judged]
-        path.write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
+        return json.dumps(answers, ensure_ascii=False)
 
     def _item(self, key: str, record: Record, pictures: tuple[Path | bytes, ...], split: str) -> Item:
         truth = {

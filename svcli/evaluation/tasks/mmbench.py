@@ -11,7 +11,7 @@ from svcli.evaluation.tasks.figures import accuracy, grouped, percent
 from svcli.evaluation.tasks.local_files import Table, absent, first
 from svcli.evaluation.tasks.parquet import parquet_files, rows
 from svcli.evaluation.tasks.records import Record
-from svcli.evaluation.tasks.sheet import write_sheet
+from svcli.evaluation.tasks.sheet import sheet
 from svcli.evaluation.tasks.wording import LETTER, LETTER_CHINESE
 
 _LETTERS = "ABCD"
@@ -91,7 +91,7 @@ class MMBench:
             **{f"group: {name}": percent(found.values()) for name, found in abilities.items()},
         }
 
-    def export_answers(self, judged: Sequence[Judged], path: Path) -> None:
+    def exported(self, judged: Sequence[Judged]) -> bytes:
         """Columns as LLaVA-1.5's convert_mmbench_for_submission.py has them; predictions are what was said."""
         lines: list[Sequence[str | int]] = [("index", "question", *_LETTERS, "prediction", "answer")]
         for each in judged:
@@ -100,7 +100,7 @@ class MMBench:
             index = int(question) + int(number) * _ROUND
             options = [truth["options"].get(letter, "") for letter in _LETTERS]
             lines.append((index, truth["question"], *options, each.said, truth["answer"]))
-        write_sheet(path, lines)
+        return sheet(lines)
 
     def _item(self, record: Record, picture: bytes, split: str) -> Item:
         options: dict[str, str] = {}

@@ -107,9 +107,9 @@ class Mmmu:
             **group_accuracies(scored),
         }
 
-    def export_answers(self, judged: Sequence[Judged], path: Path) -> None:
+    def exported(self, judged: Sequence[Judged]) -> str:
         answers = {each.item.id: each.answer for each in judged}
-        path.write_text(json.dumps(answers, ensure_ascii=False, indent=4), encoding="utf-8")
+        return json.dumps(answers, ensure_ascii=False, indent=4)
 
     def _item(self, record: Record, split: str) -> Item:
         name = record.text("id")

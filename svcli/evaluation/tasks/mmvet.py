@@ -59,6 +59,6 @@ class MMVet:
         del judged
         return {}
 
-    def export_answers(self, judged: Sequence[Judged], path: Path) -> None:
+    def exported(self, judged: Sequence[Judged]) -> str:
         answers = {each.item.id: each.answer for each in judged}
-        path.write_text(json.dumps(answers, ensure_ascii=False, indent=2), encoding="utf-8")
+        return json.dumps(answers, ensure_ascii=False, indent=2)

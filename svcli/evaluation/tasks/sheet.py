@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from io import BytesIO
 from xml.sax.saxutils import escape
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -39,14 +39,16 @@ _LONGEST = 32767
 """Letters that a cell may hold."""
 
 
-def write_sheet(path: Path, lines: Sequence[Sequence[str | int]]) -> None:
-    """Raises OSError."""
+def sheet(lines: Sequence[Sequence[str | int]]) -> bytes:
+    """The file."""
+    file = BytesIO()
     body = "".join(f"<row>{''.join(map(_cell, line))}</row>" for line in lines)
-    with ZipFile(path, "w", ZIP_DEFLATED) as archive:
+    with ZipFile(file, "w", ZIP_DEFLATED) as archive:
         for name, text in _PARTS.items():
             archive.writestr(name, _HEAD + text)
-        sheet = f'{_HEAD}<worksheet xmlns="{_MAIN}"><sheetData>{body}</sheetData></worksheet>'
-        archive.writestr("xl/worksheets/sheet1.xml", sheet)
+        only = f'{_HEAD}<worksheet xmlns="{_MAIN}"><sheetData>{body}</sheetData></worksheet>'
+        archive.writestr("xl/worksheets/sheet1.xml", only)
+    return file.getvalue()
 
 
 def _cell(value: str | int) -> str:

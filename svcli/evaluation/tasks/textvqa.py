@@ -81,9 +81,9 @@ class TextVqa:
         scored = [each for each in judged if each.item.truth]
         return {"accuracy %": accuracy(scored)} if scored else {}
 
-    def export_answers(self, judged: Sequence[Judged], path: Path) -> None:
+    def exported(self, judged: Sequence[Judged]) -> str:
         answers = [{"question_id": _number(each.item.id), "answer": each.answer} for each in judged]
-        path.write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
+        return json.dumps(answers, ensure_ascii=False)
 
     def _item(self, record: Record, pictures: tuple[Path | bytes, ...], words: list[str] | None, split: str) -> Item:
         truth = [] if split in self.unscored else record.texts("answers")
