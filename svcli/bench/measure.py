@@ -16,7 +16,7 @@ from svcli.bench.figures import compared
 from svcli.bench.machine import machine, versions
 from svcli.bench.memory import peaks
 from svcli.bench.others import Others
-from svcli.bench.peers import check_peers, measure_peers, unseen
+from svcli.bench.peers import check_peers, check_peers_room, measure_peers, unseen
 from svcli.bench.report import STAGES, FailedPeer, Model, Peer, Report, Roof, Settings, Side
 from svcli.bench.roofs import cpu_roof, sheet_roof, torch_cuda_roof
 from svcli.bench.rounds import Rounds
@@ -78,6 +78,7 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
             stack.callback(open_sides[side.name].close)
         check_context(open_sides, plan.context)
         check_room(open_sides, plan.batch)
+        check_peers_room(plan.peers, open_sides[plan.sides[0].name], plan.tokens)
         meters = counters(on_gpu)
         rounds = Rounds(
             {name: partial(_metered, side, plan.tokens, meters) for name, side in open_sides.items()},

@@ -99,6 +99,13 @@ def check_peers(names: Sequence[str], engine: EngineName) -> None:
             raise MachineError(f"--peer {name}: not installed here: pip install {packages}")
 
 
+def check_peers_room(names: Sequence[str], side: Contestant, tokens: int) -> None:
+    """Raises UsageError where so many tokens do not fit behind the text that ours is asked beside a peer."""
+    rows = side.prompt.layout.length
+    if names and rows + tokens > side.engine.capacity:
+        raise UsageError(f"--peer: the {side.name} KV cache has no room for {tokens} tokens behind {rows} rows of text")
+
+
 def unseen(names: Sequence[str], side: Contestant) -> list[str]:
     """Why those that could be asked about the picture are not, a sentence each."""
     why = misfit(side.manifest.config, len(side.asked.pictures))

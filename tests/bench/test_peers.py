@@ -74,6 +74,17 @@ def test_peers_that_are_not_known_or_not_comparable_are_refused() -> None:
     peers.check_peers([], EngineName.TORCH)
 
 
+def test_text_that_our_own_cache_has_no_room_for_is_refused_first() -> None:
+    (graphs, _) = sides(bundled_model(), EngineName.ONNXRUNTIME)
+    side = graphs.open(Asked("What?", (drawn_picture(),), ("drawn",)))
+    room = side.engine.capacity - side.prompt.layout.length
+    peers.check_peers_room(["transformers"], side, room)
+    peers.check_peers_room([], side, room + 1)
+    with pytest.raises(UsageError, match=f"--peer: the dense KV cache has no room for {room + 1} tokens behind"):
+        peers.check_peers_room(["transformers"], side, room + 1)
+    side.close()
+
+
 def test_one_that_prunes_is_asked_about_one_whole_picture_alone() -> None:
     config = load_manifest(bundled_model()).config
     assert misfit(config, 1) is None
@@ -187,7 +198,7 @@ def test_a_peer_that_fails_costs_its_own_figures_alone(
 
     for name, prepare in (("broken", ready), ("unprepared", unprepared), ("whole", ready)):
         runtime = peers.Runtime(name, {"numpy": "numpy"}, prepare, sees=name == "unprepared")
-        monkeypatch.setitem(peers.PEERS, name, runtime)  # type: ignore[arg-type]
+        monkeypatch.setitem(peers.PEERS, name, runtime)
     real = Worker.__init__
 
     def start(worker: Worker, engine: str, model: Path, threads: int, context: int, **more: Any) -> None:
@@ -236,7 +247,7 @@ def test_where_ours_fails_beside_a_peer_it_is_an_error(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Worker, "__init__", start)
     monkeypatch.setattr("svcli.bench.text_models.build_decoder", lambda *_: None)
-    monkeypatch.setitem(peers.PEERS, "whole", peers.Runtime("whole", {"numpy": "numpy"}, ready))  # type: ignore[arg-type]
+    monkeypatch.setitem(peers.PEERS, "whole", peers.Runtime("whole", {"numpy": "numpy"}, ready))
     (graphs, _) = sides(bundled_model(), EngineName.ONNXRUNTIME)
     side = graphs.open(Asked("What?", (drawn_picture(),), ("drawn",)))
     with pytest.raises(WorkerError, match="ours ended"):
