@@ -82,6 +82,7 @@ def bench_peers() -> str:
     return (
         f"{held}\n\nDecoders on plain text where nothing else is said, {counts} in prefill, {report.num_rounds} rounds,"
         " in turn with ours; none of them skips. About a picture, rows are those in both KV caches behind the prompt."
+        + "".join(f"\n\nNot measured: {peer.place}, as {peer.why}." for peer in report.failed_peers)
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from svcli.bench.report import TITLES, Report, Stage, UnlikeError
-from svcli.bench.statistics import FEWEST, Ratio, drift, unpaired_ratio
+from svcli.bench.report import TITLES, Figure, Report, UnlikeError
+from svcli.bench.statistics import CHANCE, FEWEST, Ratio, drift, unpaired_ratio
 from svcli.errors import UsageError
 
 KINDS = ("machine", "versions", "model", "settings")
@@ -20,7 +20,7 @@ class Line:
     title: str
     medians: tuple[float, float]
     ratio: Ratio
-    """The later run over the earlier one."""
+    """The later run over the earlier one; its interval is widened for all lines that are read together."""
     verdict: str
     """`faster`, `slower`, or why nothing is said."""
 
@@ -30,8 +30,19 @@ class Comparison:
     """What both runs say together."""
 
     differences: tuple[str, ...]
-    """In what they were measured otherwise, though that was asked for."""
+    """In what they were measured otherwise, though that was asked for; and what one of them alone has."""
     lines: tuple[Line, ...]
+
+    @property
+    def how_sure(self) -> str:
+        """What the intervals are."""
+        count, level = len(self.lines), 100 - 100 * CHANCE
+        if count == 1:
+            return f"The interval is at {level:g} %."
+        return (
+            f"{count} figures are compared, each interval at {100 - 100 * CHANCE / count:.4g} % (Bonferroni), so that"
+            f" all together are at {level:g} %: of 100 comparisons of equal runs, at most 5 show any difference."
+        )
 
     @property
     def conclusions(self) -> tuple[str, ...]:
@@ -46,7 +57,7 @@ class Comparison:
 def compare_reports(before: Report, after: Report, across: tuple[str, ...] = ()) -> Comparison:
     """`across`: kinds of differences that are meant.
 
-    Raises UnlikeError for any other, UsageError for an unknown kind.
+    Raises UnlikeError for any other, and where they have no figure in common; UsageError for an unknown kind.
     """
     if unknown := [kind for kind in across if kind not in KINDS]:
         raise UsageError(f"--across {unknown[0]}: choose among {', '.join(KINDS)}")
@@ -64,8 +75,17 @@ def compare_reports(before: Report, after: Report, across: tuple[str, ...] = ())
         raise UnlikeError(
             f"A and B were not measured alike ({what}); to hold them against each other all the same: {options}"
         )
-    differences = tuple(f"{kind} differs: {', '.join(each)}" for kind, each in found.items() if each)
-    return Comparison(differences, tuple(_lines(before, after)))
+    differences = [f"{kind} differs: {', '.join(each)}" for kind, each in found.items() if each]
+    first, second = _figures(before), _figures(after)
+    shared = [title for title in first if title in second]
+    if not shared:
+        raise UnlikeError("A and B have no figure in common")
+    for run, figures, other in (("A", first, second), ("B", second, first)):
+        if alone := [title for title in figures if title not in other]:
+            differences.append(f"in {run} alone, and not compared: {'; '.join(alone)}")
+    is_crowded = before.machine.is_crowded or after.machine.is_crowded
+    lines = [_line(title, first[title], second[title], len(shared), is_crowded) for title in shared]
+    return Comparison(tuple(differences), tuple(lines))
 
 
 def _identity(report: Report) -> dict[str, Mapping[str, Any]]:
@@ -89,30 +109,27 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _lines(before: Report, after: Report) -> Iterator[Line]:
-    is_crowded = before.machine.is_crowded or after.machine.is_crowded
-    later = {(part, at, name): stage for part, at, name, stage in after.parts() if part != "energy"}
-    for part, at, name, stage in before.parts():
-        other = later.get((part, at, name))
-        if other is None:
+def _figures(report: Report) -> dict[str, Figure]:
+    """Times by what they are of."""
+    found = {}
+    for part, at, name, stage in report.parts():
+        if part == "energy":
             continue
         place = {"stages": "", "batch": f"batch {at}, ", "context": f"{at} rows, ", "peer": f"{at}, "}[part]
-        for side in stage.sides:
-            if side in other.sides:
-                yield _line(f"{place}{TITLES[name]}, {side}", stage, other, side, is_crowded)
+        found.update({f"{place}{TITLES[name]}, {side}": figure for side, figure in stage.sides.items()})
+    return found
 
 
-def _line(title: str, before: Stage, after: Stage, side: str, is_crowded: bool) -> Line:
-    first, second = before.sides[side], after.sides[side]
-    ratio = unpaired_ratio(second.values, first.values)
-    medians = first.spread.p50, second.spread.p50
-    num_rounds = min(len(first.values), len(second.values))
+def _line(title: str, before: Figure, after: Figure, num_compared: int, is_crowded: bool) -> Line:
+    ratio = unpaired_ratio(after.values, before.values, num_compared)
+    medians = before.spread.p50, after.spread.p50
+    num_rounds = min(len(before.values), len(after.values))
     if is_crowded:
         return Line(title, medians, ratio, "open: the machine was busy with others")
     if num_rounds < FEWEST:
         return Line(title, medians, ratio, f"open: fewer than {FEWEST} rounds")
     verdict = ratio.verdict(num_rounds)
-    moved = max(drift(first.values), drift(second.values))
+    moved = max(drift(before.values), drift(after.values))
     if verdict == "open":
         return Line(title, medians, ratio, "open")
     if abs(ratio.ratio - 1) <= moved:

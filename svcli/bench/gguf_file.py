@@ -1,8 +1,13 @@
-"""The decoder of a bundle in one GGUF file, as llama.cpp reads it. Needs the gguf package."""
+"""The decoder of a bundle in one GGUF file, as llama.cpp reads it: python -m svcli.bench.gguf_file DECODER PATH
+PRECISION
+
+Needs the gguf package.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,3 +108,13 @@ def _words(types: list[str], precision: str) -> str:
     if inner.startswith("Q") and (wide := types.count("F16")):
         said += f", {wide} of {len(types)} matrices in F16, as their rows are no multiple of {_BLOCK}"
     return said
+
+
+def main() -> None:
+    if len(sys.argv) != 4:
+        raise SystemExit("usage: python -m svcli.bench.gguf_file DECODER PATH PRECISION")
+    sys.stdout.write(write_gguf(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

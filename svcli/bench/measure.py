@@ -16,12 +16,11 @@ from svcli.bench.figures import compared
 from svcli.bench.machine import machine, versions
 from svcli.bench.memory import peaks
 from svcli.bench.others import Others
-from svcli.bench.peers import check_peers, measure_peers, unseen
-from svcli.bench.report import STAGES, Model, Peer, Report, Roof, Settings, Side
+from svcli.bench.peers import check_peers, check_peers_room, measure_peers, unseen
+from svcli.bench.report import STAGES, FailedPeer, Model, Peer, Report, Roof, Settings, Side
 from svcli.bench.roofs import cpu_roof, sheet_roof, torch_cuda_roof
 from svcli.bench.rounds import Rounds
-from svcli.bench.sweeps import Sweeps, check_batch, check_context
-from svcli.bench.text_engines import WorkerError
+from svcli.bench.sweeps import Sweeps, check_batch, check_context, check_room
 from svcli.bench.words import noise
 from svcli.bench.work import Weights, Work, stage_work, stored_weights
 from svcli.engines import EngineName
@@ -78,6 +77,8 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
             open_sides[side.name] = side.open(plan.asked)
             stack.callback(open_sides[side.name].close)
         check_context(open_sides, plan.context)
+        check_room(open_sides, plan.batch)
+        check_peers_room(plan.peers, open_sides[plan.sides[0].name], plan.tokens)
         meters = counters(on_gpu)
         rounds = Rounds(
             {name: partial(_metered, side, plan.tokens, meters) for name, side in open_sides.items()},
@@ -87,19 +88,21 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
         stopped = _run_until_stopped(rounds, plan.rounds, partial(progress, "stages"))
         where = where.model_copy(update={"others": others.cores()})
         swept = Sweeps(open_sides, weights, roof, rounds=plan.rounds, warm_up=plan.warm_up, progress=progress)
-        peers, failed = list[Peer](), list[str]()
+        peers, others_failed, text_alone = list[Peer](), list[FailedPeer](), list[str]()
         if not stopped:
             try:
                 swept.over_context(plan.context)
                 swept.over_batch(plan.sides, plan.batch)
                 first = plan.sides[0]
-                failed += unseen(plan.peers, open_sides[first.name])
+                text_alone += unseen(plan.peers, open_sides[first.name])
                 lengths = {"tokens": plan.tokens, "rounds": plan.rounds, "warm_up": plan.warm_up}
-                peers.extend(measure_peers(plan.peers, first, open_sides, **lengths, progress=progress))
+                for each in measure_peers(plan.peers, first, open_sides, **lengths, progress=progress):
+                    if isinstance(each, Peer):
+                        peers.append(each)
+                    else:
+                        others_failed.append(each)
             except KeyboardInterrupt:
                 stopped = True
-            except WorkerError as error:
-                failed.append(f"a peer could not be measured: {error}")
         facts = {name: _facts(open_sides[name], plan.tokens, held[name]) for name in open_sides}
         stages = {
             name: compared(
@@ -134,9 +137,10 @@ def measure(plan: Plan, progress: Progress = lambda _what, _done, _all: None) ->
             context=tuple(swept.context),
             energy=energy,
             peers=tuple(peers),
+            failed_peers=tuple(others_failed),
         )
     said = [f"stopped by Ctrl-C: {found.num_rounds} of {plan.rounds} rounds, and not all of the rest"] * stopped
-    said += failed + noise(found) + remarks(last.manifest.config)
+    said += text_alone + noise(found) + remarks(last.manifest.config)
     return found.model_copy(update={"remarks": tuple(said)})
 
 

@@ -38,15 +38,18 @@ def resident_peak(status: Path = _STATUS) -> int | None:
 
 
 def _answer(graphs: Graphs, asked: Asked, num_tokens: int) -> tuple[int | None, int | None]:
-    gpu = None
-    if graphs.engine in ON_GPU:
-        with suppress(OSError, AttributeError, NvmlError):
-            gpu = Nvml(ctypes.CDLL("libnvidia-ml.so.1"))
-    before = 0 if gpu is None else gpu.used_bytes()
+    before = _gpu_bytes() if graphs.engine in ON_GPU else None
     contestant = graphs.open(asked)
     try:
         contestant.answer(num_tokens)
-        grown = None if gpu is None else gpu.used_bytes() - before
+        behind = None if before is None else _gpu_bytes()
     finally:
         contestant.close()
-    return resident_peak(), grown
+    return resident_peak(), None if before is None or behind is None else behind - before
+
+
+def _gpu_bytes() -> int | None:
+    """In use on the GPU; None where NVML is not there, or does not tell."""
+    with suppress(OSError, AttributeError, NvmlError):
+        return Nvml(ctypes.CDLL("libnvidia-ml.so.1")).used_bytes()
+    return None

@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 from svcli.bench.openvino_models import compressed, decoder_graph, running, without_telemetry
+from svcli.bench.text_engines import answers_alone
 from svcli_export.manifest import Manifest, load_manifest
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -156,6 +157,7 @@ def _grid_positions(frequencies: Any) -> Any:
 
 def serve(folder: Path, threads: int, rows: int) -> None:
     """Answers every line of stdin."""
+    answered = answers_alone()
     without_telemetry()
     import numpy as np
     import openvino as ov
@@ -191,8 +193,8 @@ def serve(folder: Path, threads: int, rows: int) -> None:
         decode = [after - before for before, after in zip(times.at, times.at[1:], strict=False)]
         answer = {"first_token": times.at[0] - begun, "decode": decode, "tokens": times.tokens}
         answer["rows"] = found.perf_metrics.get_num_input_tokens()
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answered.write(json.dumps(answer) + "\n")
+        answered.flush()
 
 
 def main() -> None:

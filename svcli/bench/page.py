@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from svcli import ui
-from svcli.bench.energy import NOT_TOLD
 from svcli.bench.report import STAGES, TITLES, Point, Report, Stage
-from svcli.bench.statistics import Ratio
 from svcli.bench.svg import Interval, bars, intervals, lines, stacks
+from svcli.bench.tables import Table, tables
 from svcli.bench.words import conclusions
 
 _STYLE = """
@@ -52,13 +51,7 @@ def page(report: Report) -> str:
         *(f"<p>{escape(sentence)}</p>" for sentence in said),
         *(f"<p><strong>Note:</strong> {escape(remark)}</p>" for remark in report.remarks),
         f'<div class="cards">{"".join(_cards(report))}</div>',
-        "<h2>Time</h2>",
-        _times(report),
-        "<h2>Work, and the time that it takes at best</h2>",
-        _work(report),
-        *_peers(report),
-        "<h2>Memory and energy</h2>",
-        _memory(report),
+        *(_section(table) for table in tables(report)),
         "<h2>How it was measured</h2>",
         _facts(
             [
@@ -83,7 +76,7 @@ def page(report: Report) -> str:
         f"<title>{escape(title)}</title><style>{_STYLE}</style>"
     )
     body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    return ui.printable(f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n')
 
 
 def _where(report: Report) -> str:
@@ -143,71 +136,9 @@ def _card(title: str, drawing: str) -> str:
     return f'<section class="card"><h3>{escape(title)}</h3>{drawing}</section>'
 
 
-def _times(report: Report) -> str:
-    sides = list(report.sides)
-    head = [
-        "",
-        *(f"{side} {mark}" for side in sides for mark in ("p50", "p95")),
-        *["skipped / dense"] * (len(sides) > 1),
-    ]
-    rows = []
-    for part, at, name, stage in report.parts():
-        if part in ("energy", "peer"):
-            continue
-        place = {"stages": "", "batch": f"batch {at}, ", "context": f"{at} rows, "}[part]
-        spreads = [stage.sides[side].spread for side in sides]
-        cells = [_time(value) for each in spreads for value in (each.p50, each.p95)]
-        rows.append((place + TITLES[name], *cells, *[_ratio(stage.ratio)] * (len(sides) > 1)))
-    return _table(head, rows)
-
-
-def _work(report: Report) -> str:
-    rows = []
-    for name, stage in report.stages.items():
-        for side, figure in stage.sides.items():
-            if figure.flops is None or figure.num_bytes is None:
-                continue
-            best = "" if figure.roof_seconds is None else _time(figure.roof_seconds)
-            share = "" if figure.roof_share is None else f"{figure.roof_share:.0%}"
-            rows.append((f"{TITLES[name]}, {side}", ui.flops(figure.flops), ui.size(figure.num_bytes), best, share))
-    roof = report.roof
-    known = (
-        "The peaks of this GPU are not known."
-        if roof is None
-        else f"Roofline: {roof.flops_per_second / 1e9:,.0f} GFLOP/s and {roof.bytes_per_second / 1e9:,.1f} GB/s,"
-        f" {roof.source}."
-    )
-    return _table(("", "FLOPs", "bytes moved", "roofline", "reached"), rows) + _soft(known)
-
-
-def _peers(report: Report) -> list[str]:
-    parts = []
-    for peer in report.peers:
-        rows = []
-        for name, stage in peer.stages.items():
-            cells = [_time(value) for each in stage.sides.values() for value in (each.spread.p50, each.spread.p95)]
-            rows.append((TITLES[name], *cells, _ratio(stage.ratio)))
-        sides = [f"{side} {mark}" for side in stage.sides for mark in ("p50", "p95")]
-        parts += [f"<h2>{escape(peer.title)}</h2>", _soft(peer.weights), _table(("", *sides, "ours / theirs"), rows)]
-    return parts
-
-
-def _memory(report: Report) -> str:
-    held = list(report.sides.values())
-    rows: list[tuple[str, ...]] = [
-        ("rows of the prompt", *(str(side.prompt_rows) for side in held)),
-        ("KV rows behind it", *(str(side.kv_rows) for side in held)),
-        ("KV cache of the prompt", *(ui.size(side.kv_bytes) for side in held)),
-        ("KV cache at the end", *(ui.size(side.kv_bytes_end) for side in held)),
-        ("KV cache reserved", *(ui.size(side.kv_bytes_reserved) for side in held)),
-        ("peak memory of a process", *(_size(side.peak_bytes) for side in held)),
-        ("memory on the GPU", *(_size(side.gpu_bytes) for side in held)),
-    ]
-    for source, stage in report.energy.items():
-        rows.append((f"energy of an answer, {source}", *(f"{each.spread.p50:.3g} J" for each in stage.sides.values())))
-    if not report.energy:
-        rows.append(("energy of an answer", *[NOT_TOLD] * len(held)))
-    return _table(("", *report.sides), rows)
+def _section(table: Table) -> str:
+    below = _soft(table.below) if table.below else ""
+    return f"<h2>{escape(table.title)}</h2>{_table(table.header, table.rows)}{below}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -228,15 +159,3 @@ def _facts(rows: Sequence[tuple[str, str]]) -> str:
 def _setting(report: Report) -> str:
     skip = report.model.skip
     return "off" if skip is None else f"{skip.get('num_retained')}/{skip.get('num_skipped')}"
-
-
-def _ratio(ratio: Ratio | None) -> str:
-    return "-" if ratio is None else f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * _MS:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-def _size(num_bytes: int | None) -> str:
-    return "not told" if num_bytes is None else ui.size(num_bytes)

@@ -16,10 +16,11 @@ from typing import Any
 from svcli.bench.contestants import Contestant, Graphs
 from svcli.bench.cpu import available_cores
 from svcli.bench.figures import compared
-from svcli.bench.picture_peer import OURS, measure_pictures, misfit
-from svcli.bench.report import Peer
+from svcli.bench.picture_peer import OURS, asked_of, measure_pictures, misfit
+from svcli.bench.report import FailedPeer, Peer, Stage
 from svcli.bench.rounds import Rounds
 from svcli.bench.text_engines import Worker
+from svcli.bench.theirs import PeerError, theirs
 from svcli.engines import EngineName
 from svcli.errors import UsageError
 from svcli_engines.base import MachineError
@@ -57,10 +58,10 @@ def _genai(decoder: Path, precision: str, threads: int) -> tuple[Path, str]:
 
 
 def _llama_cpp(decoder: Path, precision: str, _threads: int) -> tuple[Path, str]:
-    from svcli.bench.gguf_file import write_gguf
+    from svcli.bench.text_models import build_gguf
 
     path = decoder.with_name(f"{precision}.gguf")
-    return path, f"{write_gguf(decoder, path, precision)}, KV cache in {'fp32' if precision == 'fp32' else 'fp16'}"
+    return path, f"{build_gguf(decoder, path, precision)}, KV cache in {'fp32' if precision == 'fp32' else 'fp16'}"
 
 
 def _openvino(decoder: Path, precision: str, _threads: int) -> tuple[Path, str]:
@@ -98,6 +99,13 @@ def check_peers(names: Sequence[str], engine: EngineName) -> None:
             raise MachineError(f"--peer {name}: not installed here: pip install {packages}")
 
 
+def check_peers_room(names: Sequence[str], side: Contestant, tokens: int) -> None:
+    """Raises UsageError where so many tokens do not fit behind the text that ours is asked beside a peer."""
+    rows = side.prompt.layout.length
+    if names and rows + tokens > side.engine.capacity:
+        raise UsageError(f"--peer: the {side.name} KV cache has no room for {tokens} tokens behind {rows} rows of text")
+
+
 def unseen(names: Sequence[str], side: Contestant) -> list[str]:
     """Why those that could be asked about the picture are not, a sentence each."""
     why = misfit(side.manifest.config, len(side.asked.pictures))
@@ -113,57 +121,89 @@ def measure_peers(
     rounds: int,
     warm_up: int,
     progress: Callable[[str, int, int], None],
-) -> Iterator[Peer]:
+) -> Iterator[Peer | FailedPeer]:
     """Each by itself against ours, of the dense side, or of what there is. `graphs` are the first of the `sides`.
 
-    Raises WorkerError for one that fails, OSError where the disk is full.
+    Raises what ours does; whatever goes wrong with a peer costs that one alone.
     """
     if not names:
         return
-    from svcli.bench.text_models import write_decoder
+    from svcli.bench.text_models import build_decoder
 
     side, threads = sides[graphs.name], graphs.threads or available_cores()
-    ids = _text(side)
-    context = len(ids) + tokens
-    ours = f"{graphs.bundle}:{graphs.variant}" if graphs.variant else str(graphs.bundle)
-    with tempfile.TemporaryDirectory(prefix="svcli-bench-") as place:
-        decoder = Path(place) / "decoder"
-        write_decoder(graphs.bundle, side.manifest, decoder)
+    lengths = {"tokens": tokens, "rounds": rounds, "warm_up": warm_up}
+    with ExitStack() as stack:
+        try:
+            with theirs():
+                place = stack.enter_context(tempfile.TemporaryDirectory(prefix="svcli-bench-"))
+                decoder = Path(place) / "decoder"
+                build_decoder(graphs.bundle, graphs.variant, decoder)
+        except PeerError as error:
+            yield from (failed for name in names for failed in _all_failed(name, sides, error))
+            return
         for name in names:
             progress(name, 0, warm_up + rounds)
-            runtime = PEERS[name]
-            model, precision = runtime.prepare(decoder, side.manifest.contract.precision, threads)
-            with ExitStack() as stack:
-                workers = {
-                    name: stack.enter_context(Worker(runtime.engine, model, threads, context)),
-                    OURS: stack.enter_context(Worker("ours", ours, threads, context)),
-                }
-                turns = {key: partial(_generation, worker, ids, tokens) for key, worker in workers.items()}
-                taken = Rounds(turns, warm_up=warm_up)
-                taken.run(rounds, progress=partial(progress, name))
-            yield Peer(
-                name=name,
-                version=_version(name),
-                weights=f"the same decoder weights, in {precision}; ours in {side.manifest.contract.precision}",
-                rows=len(ids),
-                stages={
-                    stage: compared({key: [each[stage] for each in found] for key, found in taken.taken.items()})
-                    for stage in ("prefill", "decode")
-                },
-            )
-            if runtime.sees and misfit(side.manifest.config, len(side.asked.pictures)) is None:
+            try:
+                with theirs():
+                    model, precision = PEERS[name].prepare(decoder, side.manifest.contract.precision, threads)
+                    number = _version(name)
+            except PeerError as error:
+                yield from _all_failed(name, sides, error)
+                continue
+            weights = f"the same decoder weights, in {precision}; ours in {side.manifest.contract.precision}"
+            try:
+                stages = _on_text(name, model, graphs, _text(side), threads, **lengths, progress=progress)
+                yield Peer(name=name, version=number, weights=weights, rows=len(_text(side)), stages=stages)
+            except PeerError as error:
+                yield FailedPeer(name=name, why=str(error))
+            if _is_shown_the_picture(name, side):
+                identity = name, number
                 yield from measure_pictures(
-                    graphs,
-                    sides,
-                    decoder,
-                    identity=(name, _version(name)),
-                    weights=precision,
-                    threads=threads,
-                    tokens=tokens,
-                    rounds=rounds,
-                    warm_up=warm_up,
+                    graphs, sides, decoder, identity=identity, weights=precision, threads=threads, **lengths,
                     progress=progress,
-                )
+                )  # fmt: skip
+
+
+def _on_text(
+    name: str,
+    model: Path,
+    graphs: Graphs,
+    ids: Sequence[int],
+    threads: int,
+    *,
+    tokens: int,
+    rounds: int,
+    warm_up: int,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Stage]:
+    """Prefill of `ids` and decode behind them, theirs and ours in turns. Raises PeerError, and what ours does."""
+    context = len(ids) + tokens
+    ours = f"{graphs.bundle}:{graphs.variant}" if graphs.variant else str(graphs.bundle)
+    with ExitStack() as stack:
+        with theirs():
+            other = stack.enter_context(Worker(PEERS[name].engine, model, threads, context))
+        own = stack.enter_context(Worker("ours", ours, threads, context))
+        turns = {
+            name: theirs()(partial(_generation, other, ids, tokens)),
+            OURS: partial(_generation, own, ids, tokens),
+        }
+        taken = Rounds(turns, warm_up=warm_up)
+        taken.run(rounds, progress=partial(progress, name))
+    return {
+        stage: compared({key: [each[stage] for each in found] for key, found in taken.taken.items()})
+        for stage in ("prefill", "decode")
+    }
+
+
+def _all_failed(name: str, sides: Mapping[str, Contestant], error: PeerError) -> Iterator[FailedPeer]:
+    """Whatever it was to be asked."""
+    yield FailedPeer(name=name, why=str(error))
+    if _is_shown_the_picture(name, next(iter(sides.values()))):
+        yield from (FailedPeer(name=name, what=asked_of(side), why=str(error)) for side in sides.values())
+
+
+def _is_shown_the_picture(name: str, side: Contestant) -> bool:
+    return PEERS[name].sees and misfit(side.manifest.config, len(side.asked.pictures)) is None
 
 
 def _text(side: Contestant) -> list[int]:

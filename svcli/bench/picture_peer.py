@@ -4,9 +4,10 @@ by CDPruner to as many visual rows against our side that skips."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -15,15 +16,17 @@ from skipvision.config import ModelConfig
 from svcli.bench.contestants import Contestant, Graphs
 from svcli.bench.figures import compared
 from svcli.bench.openvino_pictures import IMAGE
-from svcli.bench.report import DENSE, Peer
+from svcli.bench.report import DENSE, FailedPeer, Peer
 from svcli.bench.rounds import Rounds
 from svcli.bench.text_engines import Worker
+from svcli.bench.theirs import PeerError, theirs
 from svcli_export.pixels import to_square
 
 OURS = "ours"
 _MORE_ROWS = 64
 """Than our dense prompt has: what their tokenizer and their template add fits in."""
 _STAGES = ("first_token", "decode")
+_MODULE = "svcli.bench.openvino_pictures"
 
 
 def misfit(config: ModelConfig, num_pictures: int) -> str | None:
@@ -42,6 +45,11 @@ def pruning_ratio(num_tokens: int, num_kept: int) -> int:
     return min(99, round(100 * (1 - num_kept / num_tokens)))
 
 
+def asked_of(side: Contestant) -> Literal["a picture, dense", "a picture, CDPruner"]:
+    """What theirs is asked where this side of ours is."""
+    return "a picture, dense" if side.name == DENSE else "a picture, CDPruner"
+
+
 def measure_pictures(
     graphs: Graphs,
     sides: Mapping[str, Contestant],
@@ -54,12 +62,12 @@ def measure_pictures(
     rounds: int,
     warm_up: int,
     progress: Callable[[str, int, int], None],
-) -> Iterator[Peer]:
+) -> Iterator[Peer | FailedPeer]:
     """Of each side. `graphs` are the first one's, `decoder` is written as transformers reads it, `identity` is name and
     version, `weights` what theirs are in.
 
     First token: from the picture in S x S, uint8, to the first token: normalising, the prompt's ids, encoder,
-    projector, pruning or skipping, prefill. Raises WorkerError.
+    projector, pruning or skipping, prefill. Raises what ours does.
     """
     from svcli.bench.text_models import build_openvino_pictures
 
@@ -68,24 +76,35 @@ def measure_pictures(
     precision = first.manifest.contract.precision
     output = decoder.with_name("openvino-genai-pictures") / precision
     progress(f"{name} on a picture", 0, warm_up + rounds)
-    build_openvino_pictures(graphs.bundle, graphs.variant, decoder, output, precision)
     square = to_square(first.images()[0], first.manifest.image)
-    picture = decoder.with_name("picture.npy")
-    np.save(picture, np.asarray(square, np.uint8))
-    prompt = _prompt(graphs.bundle, first)
+    try:
+        with theirs():
+            build_openvino_pictures(graphs.bundle, graphs.variant, decoder, output, precision)
+            picture = decoder.with_name("picture.npy")
+            np.save(picture, np.asarray(square, np.uint8))
+            prompt = _prompt(graphs.bundle, first)
+    except PeerError as error:
+        yield from (FailedPeer(name=name, what=asked_of(side), why=str(error)) for side in sides.values())
+        return
     context = first.prompt.layout.length + tokens + _MORE_ROWS
     for side in sides.values():
         (span,) = side.prompt.layout.images
         pruned = pruning_ratio(span.num_tokens, span.num_kept)
         question = {"picture": str(picture), "prompt": prompt, "pruned": pruned, "new": tokens}
-        with Worker("openvino_genai", output, threads, context, module="svcli.bench.openvino_pictures") as worker:
-            turns = {name: partial(_theirs, worker, question), OURS: partial(_ours, side, square, tokens)}
-            taken = Rounds(turns, warm_up=warm_up)
-            taken.run(rounds, progress=partial(progress, f"{name} on a picture, {side.name}"))
+        try:
+            with ExitStack() as stack:
+                with theirs():
+                    worker = stack.enter_context(Worker("openvino_genai", output, threads, context, module=_MODULE))
+                turns = {name: theirs()(partial(_theirs, worker, question)), OURS: partial(_ours, side, square, tokens)}
+                taken = Rounds(turns, warm_up=warm_up)
+                taken.run(rounds, progress=partial(progress, f"{name} on a picture, {side.name}"))
+        except PeerError as error:
+            yield FailedPeer(name=name, what=asked_of(side), why=str(error))
+            continue
         yield Peer(
             name=name,
             version=version,
-            what="a picture, dense" if side.name == DENSE else "a picture, CDPruner",
+            what=asked_of(side),
             weights=_unlike(weights, precision, is_pruned=side.name != DENSE),
             rows=taken.taken[name][0]["rows"],
             own_rows=side.prompt.layout.num_kept,

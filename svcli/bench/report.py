@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from svcli.bench.statistics import Ratio, Spread, Verdict, halves_agree, rounds_agree
 from svcli.errors import UsageError
@@ -30,9 +30,9 @@ _CROWDED = 0.25
 """Of the cores."""
 COLUMNS = (
     "part", "at", "stage", "side", "rounds", "p50", "p95", "ratio", "low", "high", "flops", "bytes", "roof_seconds",
-    "roof_share",
+    "roof_share", "failed",
 )  # fmt: skip
-"""Of the CSV; times in seconds, energy in joules."""
+"""Of the CSV; times in seconds, energy in joules; `failed` says why a peer was not measured."""
 
 
 class BenchError(UsageError):
@@ -129,7 +129,7 @@ class Figure(Strict):
 class Stage(Strict):
     """One measure of all sides."""
 
-    sides: dict[str, Figure]
+    sides: Annotated[dict[str, Figure], Field(min_length=1)]
     ratio: Ratio | None = None
     """The second side over the first, such as skipped over dense, paired by round; None of one side."""
 
@@ -178,14 +178,31 @@ class Side(Strict):
     """What the GPU's memory in use grew by meanwhile."""
 
 
-class Peer(Strict):
-    """Another run time, beside ours."""
+class Task(Strict):
+    """What another run time was asked."""
 
     name: str
-    version: str
     what: Literal["text", "a picture, dense", "a picture, CDPruner"] = "text"
     """What both were asked: the decoder alone as much text, or a question about a picture. Ours is dense where theirs
     is, and skips where theirs prunes."""
+
+    @property
+    def place(self) -> str:
+        """Among other run times and other questions."""
+        return self.name if self.what == "text" else f"{self.name} on {self.what}"
+
+
+class FailedPeer(Task):
+    """Another run time that could not be measured."""
+
+    why: str
+    """A sentence."""
+
+
+class Peer(Task):
+    """Another run time, beside ours."""
+
+    version: str
     weights: str
     """Which weights it had, in what it computed, and what else is not as in ours."""
     rows: int
@@ -214,14 +231,24 @@ class Report(Strict):
     settings: Settings
     roof: Roof | None
     sides: dict[str, Side]
-    stages: dict[str, Stage]
+    stages: Annotated[dict[str, Stage], Field(min_length=1)]
     batch: tuple[Point, ...] = ()
     context: tuple[Point, ...] = ()
     energy: dict[str, Stage] = Field(default_factory=dict)
     """Joules of an answer, by what tells them; empty where nothing does."""
     peers: tuple[Peer, ...] = ()
+    failed_peers: tuple[FailedPeer, ...] = ()
     remarks: tuple[str, ...] = ()
     """What whoever reads the figures must know, such as that the machine was busy."""
+
+    @model_validator(mode="after")
+    def _is_of_times(self) -> Report:
+        for part, _, name, stage in self.parts():
+            if name not in TITLES:
+                raise ValueError(f"{name!r} is no stage")
+            if part != "energy" and min(value for figure in stage.sides.values() for value in figure.values) <= 0:
+                raise ValueError(f"a time of {name} is not above 0")
+        return self
 
     @property
     def num_rounds(self) -> int:
@@ -239,7 +266,7 @@ class Report(Strict):
             yield "energy", source, "end_to_end", stage
         for peer in self.peers:
             for name, stage in peer.stages.items():
-                yield "peer", peer.name if peer.what == "text" else f"{peer.name} on {peer.what}", name, stage
+                yield "peer", peer.place, name, stage
 
 
 def as_json(report: Report) -> str:
@@ -248,7 +275,7 @@ def as_json(report: Report) -> str:
 
 
 def as_csv(report: Report) -> str:
-    """One row for each side of each measure; what is not known is empty."""
+    """One row for each side of each measure, and one for each peer that failed; what is not known is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -256,8 +283,11 @@ def as_csv(report: Report) -> str:
         interval = ("", "", "") if stage.ratio is None else (stage.ratio.ratio, stage.ratio.low, stage.ratio.high)
         for side, figure in stage.sides.items():
             work = figure.flops, figure.num_bytes, figure.roof_seconds, figure.roof_share
-            row = (part, at, name, side, len(figure.values), figure.spread.p50, figure.spread.p95, *interval, *work)
+            row = (part, at, name, side, len(figure.values), figure.spread.p50, figure.spread.p95, *interval, *work, "")
             writer.writerow("" if value is None else _rounded(value) for value in row)
+    for peer in report.failed_peers:
+        row_of_none = dict.fromkeys(COLUMNS, "") | {"part": "peer", "at": peer.place, "rounds": 0, "failed": peer.why}
+        writer.writerow(row_of_none.values())
     return text.getvalue()
 
 
@@ -276,8 +306,8 @@ def read_report(path: Path) -> Report:
         return Report.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BenchError(f"{path}: at {where}: {first['msg']}; measure again") from None
+        where = f"at {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise BenchError(f"{path}: {where}{first['msg'].removeprefix('Value error, ')}; measure again") from None
 
 
 def _rounded(value: Any) -> Any:

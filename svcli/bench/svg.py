@@ -82,7 +82,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]], said: Sequence[str]
         y = _TOP - 8 + 22 * number
         wide = room * value / longest
         drawn.append(_text(left - 8, y + 12, label, "end"))
-        drawn.append(f'<rect class="{style}" x="{left}" y="{y}" width="{wide:.1f}" height="15"/>')
+        drawn.append(f'<rect class="{escape(style)}" x="{left}" y="{y}" width="{wide:.1f}" height="15"/>')
         drawn.append(_text(left + wide + 5, y + 12, word))
     return _svg(title, _TOP + 22 * len(rows), drawn)
 

@@ -35,6 +35,13 @@ def check_context(sides: Mapping[str, Contestant], context: Sequence[int]) -> No
             side.longer(num_rows)
 
 
+def check_room(sides: Mapping[str, Contestant], batch: Sequence[int]) -> None:
+    """Raises UsageError where steps side by side do not fit behind the prompt."""
+    for name, side in sides.items():
+        if batch and side.prompt.layout.num_kept + TOKENS > side.engine.capacity:
+            raise UsageError(f"--batch: the {name} KV cache has no room for {TOKENS} steps behind the prompt")
+
+
 def check_batch(graphs: Graphs, batch: Sequence[int]) -> None:
     """Raises UsageError, before anything is measured, for an engine that runs one sequence."""
     if max(batch, default=1) > 1 and graphs.engine not in (EngineName.ONNXRUNTIME, EngineName.ONNXRUNTIME_CUDA):
@@ -83,7 +90,7 @@ class Sweeps:
     def over_batch(self, graphs: Sequence[Graphs], batch: Sequence[int]) -> None:
         """A step of so many sequences, each behind the prompt of the question.
 
-        Raises UsageError for an engine that runs one at a time, or a cache that has no room for the steps.
+        Raises UsageError for an engine that runs one at a time.
         """
         if not batch:
             return
@@ -104,8 +111,6 @@ class Sweeps:
     def _filled(self, graphs: Graphs, count: int) -> Pool:
         side = self._sides[graphs.name]
         prompt = side.prompt
-        if prompt.layout.num_kept + TOKENS > side.engine.capacity:
-            raise UsageError(f"--batch: the {graphs.name} KV cache has no room for {TOKENS} steps behind the prompt")
         pool = _pool(graphs, count)
         for slot in pool.slots:
             slot.prefill(prompt.ids, side.visual, prompt.layout)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ Start = Callable[[Sequence[int]], tuple[Callable[[], int], Callable[[], float]]]
 
 
 class WorkerError(ValueError):
-    """An engine whose process has ended; the message has its last words."""
+    """An engine whose process has ended, and its last words; or one that answers otherwise than it was asked to."""
 
 
 def ours(model: Path, threads: int, _context: int) -> Start:
@@ -216,6 +217,24 @@ def same_packages() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(folder for folder in sys.path if folder)}
 
 
+def last_words(said: str, code: int) -> str:
+    """Why a process has ended, by what it wrote to stderr and its exit code."""
+    last = (said.strip().splitlines() or [""])[-1].strip()
+    if code >= 0:
+        return last or f"exit code {code}, without a word"
+    if -code == signal.SIGKILL:
+        return "killed, as the kernel does where memory runs out"
+    return f"{signal.strsignal(-code) or f'signal {-code}'}{f', behind: {last}' if last else ''}"
+
+
+def answers_alone() -> TextIO:
+    """Stdout, for answers; what else anybody writes there, as libraries do, goes to stderr from now on."""
+    sys.stdout.flush()
+    answered = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answered
+
+
 class Worker:
     """An engine's process, from the side that asks. It waits, and does nothing, between two questions."""
 
@@ -231,11 +250,11 @@ class Worker:
         )
 
     def ask(self, ids: Sequence[int], new: int) -> Any:
-        """What one generation gave. Raises WorkerError where the process has ended."""
+        """What one generation gave. Raises WorkerError where the process has ended, or other than `new` tokens came."""
         return self.answer({"ids": list(ids), "new": new})
 
     def answer(self, question: Mapping[str, Any]) -> Any:
-        """To any question that the module understands. Raises WorkerError where the process has ended."""
+        """To any question that the module understands. Raises WorkerError as `ask` does."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
@@ -243,18 +262,24 @@ class Worker:
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
+            code = self._process.wait()
             self._errors.seek(0)
-            last = self._errors.read().strip().splitlines()[-1:] or ["without a word"]
-            raise WorkerError(f"{self._engine} ended: {last[0]}")
-        return json.loads(line)
+            raise WorkerError(f"{self._engine} ended: {last_words(self._errors.read(), code)}")
+        found = json.loads(line)
+        given, timed, new = len(found["tokens"]), len(found["decode"]) + 1, question["new"]
+        if (given, timed) != (new, new):
+            raise WorkerError(f"{self._engine} gave {given} tokens in {timed} steps; {new} were wanted, one by one")
+        return found
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            # Nobody waits for what it is at.
+            self._process.kill()
         with suppress(BrokenPipeError):
             self._process.communicate()
         self._errors.close()
@@ -285,10 +310,11 @@ def versions() -> dict[str, str]:
 def main() -> None:
     if len(sys.argv) != 5 or sys.argv[1] not in ENGINES:
         raise SystemExit(f"usage: python -m svcli.bench.text_engines {{{','.join(ENGINES)}}} MODEL THREADS CONTEXT")
+    answered = answers_alone()
     start = ENGINES[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     for answer in answers(start, iter(sys.stdin.readline, "")):
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answered.write(json.dumps(answer) + "\n")
+        answered.flush()
 
 
 if __name__ == "__main__":

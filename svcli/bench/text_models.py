@@ -1,4 +1,8 @@
-"""The decoder of a bundle, for run times that know nothing of pictures. Needs torch."""
+"""The decoder of a bundle, for run times that know nothing of pictures; in a process of its own: python -m
+svcli.bench.text_models BUNDLE VARIANT FOLDER
+
+Needs torch.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from skipvision.config import TextConfig
-from svcli.bench.text_engines import WorkerError, same_packages
-from svcli_export.manifest import Manifest
+from svcli.bench.text_engines import WorkerError, last_words, same_packages
+from svcli_export.manifest import Manifest, load_manifest
 
 _GENAI: Mapping[str, tuple[str, ...]] = {
     "fp32": (),
@@ -117,9 +121,35 @@ def build_openvino_pictures(bundle: Path, variant: str, decoder: Path, output: P
     _run("OpenVINO's converter", [*command, str(decoder), str(output), precision])
 
 
-def _run(what: str, command: list[str]) -> None:
-    """Raises WorkerError with its last words."""
+def build_decoder(bundle: Path, variant: str, folder: Path) -> None:
+    """`write_decoder` where its memory is not that of this process. `variant`: empty for the bundle's own graphs.
+
+    Raises WorkerError.
+    """
+    command = [sys.executable, "-m", "svcli.bench.text_models", str(bundle), variant, str(folder)]
+    _run("handing the decoder over", command)
+
+
+def build_gguf(decoder: Path, path: Path, precision: str) -> str:
+    """`write_gguf` in a process of its own: what the weights are in, in words. Raises WorkerError."""
+    return _run("writing GGUF", [sys.executable, "-m", "svcli.bench.gguf_file", str(decoder), str(path), precision])
+
+
+def _run(what: str, command: list[str]) -> str:
+    """What it says last. Raises WorkerError with its last words."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=same_packages())
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise WorkerError(f"{what} failed: {last[0]}")
+        raise WorkerError(f"{what} failed: {last_words(done.stderr, done.returncode)}")
+    return (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def main() -> None:
+    if len(sys.argv) != 4:
+        raise SystemExit("usage: python -m svcli.bench.text_models BUNDLE VARIANT FOLDER")
+    bundle, variant, folder = sys.argv[1:]
+    manifest = load_manifest(Path(bundle), quick=True)
+    write_decoder(Path(bundle), manifest.variant(variant) if variant else manifest, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,14 +18,17 @@ _PARTS = ("picture", "vision", "prefill", "decode")
 
 
 def conclusions(report: Report) -> list[str]:
-    """What skipping did and did not speed up, a sentence each; empty where one side alone was measured."""
-    if not {DENSE, SKIPPED} <= report.sides.keys():
+    """What skipping did and did not speed up, and how peers compare, a sentence each; of one side alone, the latter."""
+    is_alone = not {DENSE, SKIPPED} <= report.sides.keys()
+    if is_alone and not report.peers:
         return []
     if report.machine.is_crowded:
         taken = f"{report.machine.others} of {report.machine.cores} cores"
         return [f"Others took {taken} meanwhile: nothing is concluded; measure again when the machine is quiet."]
     if report.num_rounds < FEWEST:
-        return [f"{report.num_rounds} rounds are too few to say what skipping sped up; {FEWEST} at least are needed."]
+        return [f"{report.num_rounds} rounds are too few to say what is faster; {FEWEST} at least are needed."]
+    if is_alone:
+        return _about_peers(report)
     named = {TITLES[name]: stage for name, stage in report.stages.items()}
     named |= {f"a step of {point.at} sequences": point.stages["decode"] for point in report.batch if point.at > 1}
     said = []

@@ -11,11 +11,11 @@ from typer.core import TyperGroup
 from svcli import completions, ui
 from svcli.answer_options import BundleArgument, Engine, Threads
 from svcli.engines import EngineName
-from svcli.errors import UsageError
+from svcli.errors import FAILURE, UsageError, explain
 from svcli.settings import bundled_model
 
 if TYPE_CHECKING:
-    from svcli.bench.report import Report, Stage
+    from svcli.bench.report import Report
 
 _RUN = "run"
 _MOST = 1024
@@ -94,13 +94,14 @@ def run(
 
     Picture, vision, prefill, first token, decode and end to end, each beside its FLOPs, bytes and roofline; memory, and
     energy where the machine tells it. Ratios are skipped over dense, with what 95 % of resampled rounds give. `svcli
-    bench compare A.json B.json` holds two runs against each other. Ctrl-C ends it with the rounds that are done.
+    bench compare A.json B.json` holds two runs against each other. Ctrl-C ends it with the rounds that are done. A peer
+    that fails costs its own figures alone; the exit code is 1 then.
     """
     from svcli.bench.contestants import ask, sides
     from svcli.bench.measure import Plan, measure
     from svcli.bench.page import page
     from svcli.bench.report import as_csv, as_json
-    from svcli.files import check_targets, write
+    from svcli.files import check_targets
 
     written = {"json": json_file, "csv": csv_file, "html": html_file}
     check_targets([path for path in written.values() if path is not None])
@@ -112,7 +113,7 @@ def run(
         tokens=tokens,
         batch=_counts("--batch", batch, _MOST),
         context=_counts("--context", context),
-        peers=tuple(peers or ()),
+        peers=tuple(dict.fromkeys(peers or ())),
     )
     try:
         with ui.Progress(is_quiet=quiet) as progress:
@@ -121,12 +122,20 @@ def run(
         ui.note("stopped before there was anything to tell; nothing was written")
         raise
     writers = {"json": as_json, "csv": as_csv, "html": page}
-    for kind, path in written.items():
-        if path is not None:
-            write(path, writers[kind](found))
+    # What was measured is shown, and goes to the other files, where one cannot be written.
+    failures = [_failure(path, writers[kind](found)) for kind, path in written.items() if path is not None]
+    unwritten = [explain(error) for error in failures if error is not None]
     render(found)
+    for message, _ in unwritten:
+        ui.error(message)
+    for peer in found.failed_peers:
+        ui.error(f"{peer.place} was not measured: {peer.why}")
     if any(remark.startswith("stopped") for remark in found.remarks):
         raise typer.Exit(STOPPED)
+    if unwritten:
+        raise typer.Exit(unwritten[0][1])
+    if found.failed_peers:
+        raise typer.Exit(FAILURE)
 
 
 def compare(
@@ -144,9 +153,11 @@ def compare(
     """Hold two runs against each other: what became faster, what slower, and what cannot be told.
 
     A verdict stands only where the interval leaves 1 out and the change is larger than the drift inside of either run.
+    Intervals are widened for as many figures as are compared, so that equal runs seldom show any difference.
     """
     from svcli.bench.compare import compare_reports
     from svcli.bench.report import read_report
+    from svcli.bench.tables import interval, time
 
     found = compare_reports(read_report(before), read_report(after), tuple(across or ()))
     for difference in found.differences:
@@ -154,132 +165,44 @@ def compare(
     ui.table(
         f"{after} over {before}",
         ("", "A", "B", "B / A", "verdict"),
-        [(line.title, *map(_time, line.medians), _interval(line.ratio), line.verdict) for line in found.lines],
+        [(line.title, *map(time, line.medians), interval(line.ratio), line.verdict) for line in found.lines],
     )
+    ui.show(found.how_sure)
     for sentence in found.conclusions:
         ui.show(sentence)
 
 
 def render(report: Report) -> None:
     """The report on the terminal."""
-    from svcli.bench.report import TITLES
+    from svcli.bench.tables import tables
     from svcli.bench.words import conclusions
 
-    settings, names = report.settings, list(report.sides)
+    settings = report.settings
     ui.show(
         f"{report.model.name}, {report.model.precision}, {settings.engine}, {report.machine.gpu or report.machine.cpu}:"
         f" {report.num_rounds} rounds of {settings.tokens} tokens, {settings.warm_up} before them to warm up"
     )
     ui.show("")
-    header = (
-        "",
-        *(f"{side} {mark}" for side in names for mark in ("p50", "p95")),
-        *["skipped / dense"][: len(names) - 1],
-    )
-    ui.table(
-        "Time",
-        header,
-        [(TITLES[name], *_times(stage, names), *_ratio(stage, names)) for name, stage in report.stages.items()],
-    )
-    _render_work(report, names)
-    for title, points, unit in (
-        ("Several sequences side by side", report.batch, "batch {}"),
-        ("Longer prompts, rows as the plain model counts them", report.context, "{} rows"),
-    ):
-        rows = [
-            (f"{unit.format(point.at)}, {TITLES[name]}", *_times(stage, names), *_ratio(stage, names))
-            for point in points
-            for name, stage in point.stages.items()
-        ]
-        if rows:
-            ui.table(title, header, rows)
-    _render_peers(report)
-    _render_memory(report, names)
+    for table in tables(report):
+        ui.table(table.title, table.header, table.rows)
+        if table.below:
+            ui.show(table.below)
+            ui.show("")
     for sentence in conclusions(report):
         ui.show(sentence)
     for remark in report.remarks:
         ui.note(remark)
 
 
-def _render_work(report: Report, names: list[str]) -> None:
-    from svcli.bench.report import TITLES
+def _failure(path: Path, content: str) -> OSError | None:
+    """What was raised where it could not be written."""
+    from svcli.files import write
 
-    rows = []
-    for name, stage in report.stages.items():
-        for side in names:
-            figure = stage.sides[side]
-            if figure.flops is None or figure.num_bytes is None:
-                continue
-            share = "" if figure.roof_share is None else f"{figure.roof_share:.0%}"
-            at_best = "" if figure.roof_seconds is None else _time(figure.roof_seconds)
-            rows.append((f"{TITLES[name]}, {side}", ui.flops(figure.flops), ui.size(figure.num_bytes), at_best, share))
-    ui.table("Work, and the time that it takes at best", ("", "FLOPs", "bytes moved", "roofline", "reached"), rows)
-    roof = report.roof
-    if roof is None:
-        ui.show("Roofline: this GPU's peaks are not known.")
-    else:
-        ui.show(
-            f"Roofline: {roof.flops_per_second / 1e9:,.0f} GFLOP/s, {roof.bytes_per_second / 1e9:,.1f} GB/s"
-            f" ({roof.source})."
-        )
-    ui.show("")
-
-
-def _render_peers(report: Report) -> None:
-    from svcli.bench.report import TITLES
-
-    for peer in report.peers:
-        names = list(next(iter(peer.stages.values())).sides)
-        ui.table(
-            f"{peer.title}; {peer.weights}",
-            ("", *(f"{side} {mark}" for side in names for mark in ("p50", "p95")), "ours / theirs"),
-            [(TITLES[name], *_times(stage, names), *_ratio(stage, names)) for name, stage in peer.stages.items()],
-        )
-
-
-def _render_memory(report: Report, names: list[str]) -> None:
-    from svcli.bench.energy import NOT_TOLD
-
-    held = [report.sides[name] for name in names]
-    rows = [
-        ("rows of the prompt", *(f"{side.prompt_rows:,}" for side in held)),
-        ("KV rows behind it", *(f"{side.kv_rows:,}" for side in held)),
-        ("KV cache of the prompt", *(ui.size(side.kv_bytes) for side in held)),
-        ("KV cache at the end", *(ui.size(side.kv_bytes_end) for side in held)),
-        ("KV cache reserved", *(ui.size(side.kv_bytes_reserved) for side in held)),
-        ("peak memory of a process", *(_size(side.peak_bytes) for side in held)),
-    ]
-    if any(side.gpu_bytes is not None for side in held):
-        rows.append(("memory on the GPU", *(_size(side.gpu_bytes) for side in held)))
-    for source, stage in report.energy.items():
-        joules = (f"{stage.sides[name].spread.p50:.3g} J" for name in names)
-        rows.append((f"energy of an answer, {source}", *joules))
-    if not report.energy:
-        rows.append(("energy of an answer", *[NOT_TOLD] * len(names)))
-    ui.table("Memory and energy", ("", *names), rows)
-
-
-def _times(stage: Stage, names: list[str]) -> list[str]:
-    spreads = (stage.sides[side].spread for side in names)
-    return [_time(value) for each in spreads for value in (each.p50, each.p95)]
-
-
-def _ratio(stage: Stage, names: list[str]) -> list[str]:
-    if len(names) < 2:
-        return []
-    return ["-" if stage.ratio is None else _interval(stage.ratio)]
-
-
-def _interval(ratio: Any) -> str:
-    return f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-def _size(num_bytes: int | None) -> str:
-    return "not told" if num_bytes is None else ui.size(num_bytes)
+    try:
+        write(path, content)
+    except OSError as error:
+        return error
+    return None
 
 
 def _counts(option: str, text: str | None, most: int | None = None) -> tuple[int, ...]:

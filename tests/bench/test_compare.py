@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from svcli.bench.compare import compare_reports
-from svcli.bench.report import Peer, Report, UnlikeError
+from svcli.bench.figures import figure
+from svcli.bench.report import STAGES, Peer, Point, Report, Stage, UnlikeError
 from svcli.errors import UsageError
 from tests.bench.reports import STEADY, beside_a_pruner, report
 
@@ -82,8 +86,9 @@ def test_another_version_of_a_peer_is_a_difference() -> None:
 
     with pytest.raises(UnlikeError, match=r"versions: transformers 5\.0 -> 5\.1"):
         compare_reports(beside("5.0"), beside("5.1"))
-    for same in (beside("5.0"), report()):
-        assert compare_reports(beside("5.0"), same).differences == ()
+    assert compare_reports(beside("5.0"), beside("5.0")).differences == ()
+    (said,) = compare_reports(beside("5.0"), report()).differences
+    assert said.startswith("in A alone, and not compared: transformers, decode per token")
 
 
 def test_what_a_peer_was_asked_is_held_against_the_same_alone() -> None:
@@ -93,3 +98,55 @@ def test_what_a_peer_was_asked_is_held_against_the_same_alone() -> None:
     assert titles == [
         f"openvino-genai{place}, decode per token, {side}" for place in places for side in ("openvino-genai", "ours")
     ]
+
+
+def times(source: np.random.Generator, count: int) -> list[float]:
+    """Of rounds as a busy machine gives them: 5 % of noise, and one round in eight takes far longer."""
+    return (np.exp(0.05 * source.standard_normal(count)) * np.where(source.random(count) < 0.12, 1.5, 1.0)).tolist()  # type: ignore[no-any-return]
+
+
+def timed(like: Report, source: np.random.Generator, scale: float = 1.0) -> Report:
+    """20 figures of 15 rounds each."""
+
+    def stage() -> Stage:
+        rounds = {side: [scale * each for each in times(source, 15)] for side in ("dense", "skipped")}
+        return Stage(sides={side: figure(values) for side, values in rounds.items()})
+
+    points = [Point(at=at, rows={}, stages={"decode": stage()}) for at in (1, 2, 4, 8)]
+    stages = {name: stage() for name in STAGES}
+    return like.model_copy(update={"stages": stages, "batch": tuple(points), "context": ()})
+
+
+def test_equal_runs_seldom_show_any_difference_and_unequal_ones_do() -> None:
+    like, source = report(), np.random.default_rng(0)
+    wrong = found = 0
+    for _ in range(50):
+        before = timed(like, source)
+        equal = compare_reports(before, timed(like, source))
+        assert len(equal.lines) == 20
+        wrong += any(not line.verdict.startswith("open") for line in equal.lines)
+        lines = compare_reports(before, timed(like, source, 1.2)).lines
+        assert not any(line.verdict == "faster" for line in lines)
+        found += sum(line.verdict == "slower" for line in lines)
+    # 2.5 are to be expected at most; without widening it is 18 of these 50.
+    assert wrong <= 5
+    assert found >= 0.6 * 50 * 20
+
+
+def test_what_was_done_about_many_figures_is_said() -> None:
+    found = compare_reports(report(), report())
+    assert len(found.lines) == 18
+    assert found.how_sure.startswith("18 figures are compared, each interval at 99.72 % (Bonferroni), so that")
+    (line,) = replace(found, lines=found.lines[:1]).lines
+    assert replace(found, lines=(line,)).how_sure == "The interval is at 95 %."
+
+
+def test_figures_that_one_run_lacks_are_named() -> None:
+    less = report().model_copy(update={"batch": ()})
+    said = "in {} alone, and not compared: batch 4, decode per token, dense; batch 4, decode per token, skipped"
+    assert compare_reports(report(), less).differences == (said.format("A"),)
+    assert compare_reports(less, report()).differences == (said.format("B"),)
+    picture = report().stages["picture"]
+    one, other = (less.model_copy(update={"context": (), "stages": {name: picture}}) for name in ("picture", "vision"))
+    with pytest.raises(UnlikeError, match="no figure in common"):
+        compare_reports(one, other)

@@ -18,12 +18,13 @@ from skipvision.cost import decode_flops, prompt_cost
 from skipvision.layout import ImageSpan, TokenLayout
 from svcli.bench.energy import Counter, Nvml, NvmlError, counters, rapl
 from svcli.bench.machine import machine, versions
-from svcli.bench.memory import resident_peak
+from svcli.bench.memory import _answer, resident_peak
 from svcli.bench.others import Others, busy_seconds
 from svcli.bench.product import product
 from svcli.bench.report import Roof
 from svcli.bench.roofs import cpu_roof, sheet_roof
 from svcli.bench.work import Weights, Work, decode_work, roof_seconds, stage_work, stored_weights
+from svcli.engines import EngineName
 from svcli_export.manifest import BundleError
 from tests.cli.conftest import TEXT, VISION
 
@@ -89,6 +90,21 @@ def test_a_gpu_is_asked_through_nvml() -> None:
     assert counter.joules() == 0
     with pytest.raises(NvmlError):
         Nvml(Library(status=9))
+
+
+def test_a_gpu_that_does_not_tell_its_memory_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Library):
+        def nvmlDeviceGetMemoryInfo(self, _gpu: ctypes.c_void_p, _told: Any) -> int:
+            return 3
+
+    graphs: Any = SimpleNamespace(
+        engine=EngineName.ONNXRUNTIME_CUDA,
+        open=lambda _asked: SimpleNamespace(answer=lambda _count: None, close=lambda: None),
+    )
+    asked: Any = None
+    for library, told in ((Silent, None), (Library, 0)):
+        monkeypatch.setattr(ctypes, "CDLL", lambda _name, library=library: library())
+        assert _answer(graphs, asked, 2)[1] == told
 
 
 def test_peak_memory_is_what_the_kernel_says(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from skipvision.layout import TokenLayout
 from svcli.bench import peers
 from svcli.bench.contestants import Asked, drawn_picture, sides
 from svcli.bench.picture_peer import misfit, pruning_ratio
-from svcli.bench.text_engines import Worker, WorkerError
+from svcli.bench.report import FailedPeer, Peer
+from svcli.bench.text_engines import Worker, WorkerError, last_words
 from svcli.bench.text_models import decoder_config, decoder_name, write_decoder
 from svcli.engines import EngineName
 from svcli.errors import UsageError
@@ -71,6 +72,17 @@ def test_peers_that_are_not_known_or_not_comparable_are_refused() -> None:
     with pytest.raises(UsageError, match="against --engine onnxruntime alone"):
         peers.check_peers(["transformers"], EngineName.TORCH)
     peers.check_peers([], EngineName.TORCH)
+
+
+def test_text_that_our_own_cache_has_no_room_for_is_refused_first() -> None:
+    (graphs, _) = sides(bundled_model(), EngineName.ONNXRUNTIME)
+    side = graphs.open(Asked("What?", (drawn_picture(),), ("drawn",)))
+    room = side.engine.capacity - side.prompt.layout.length
+    peers.check_peers_room(["transformers"], side, room)
+    peers.check_peers_room([], side, room + 1)
+    with pytest.raises(UsageError, match=f"--peer: the dense KV cache has no room for {room + 1} tokens behind"):
+        peers.check_peers_room(["transformers"], side, room + 1)
+    side.close()
 
 
 def test_one_that_prunes_is_asked_about_one_whole_picture_alone() -> None:
@@ -138,6 +150,131 @@ def test_a_worker_that_ends_leaves_its_last_words(tmp_path: Path) -> None:
         pytest.raises(WorkerError, match=r"ours ended: .*missing"),
     ):
         worker.ask(IDS, 2)
+
+
+def test_a_process_that_was_killed_says_so() -> None:
+    with Worker("ours", bundled_model(), 1, 64) as worker:
+        assert len(worker.ask(IDS, 2)["tokens"]) == 2
+        worker._process.kill()
+        with pytest.raises(WorkerError, match="ours ended: killed, as the kernel does where memory runs out"):
+            worker.ask(IDS, 2)
+    assert last_words("Warning: slow\nbad_alloc\n", -6) == "Aborted, behind: bad_alloc"
+    assert last_words("", 7) == "exit code 7, without a word"
+
+
+PEER = """
+import json, os, sys
+from svcli.bench.text_engines import answers_alone
+answered = answers_alone()
+print("loading ...", flush=True)
+for number, line in enumerate(sys.stdin):
+    new = json.loads(line)["new"]
+    if number == 2:
+        {fault}
+    answered.write(json.dumps({{"tokens": [1] * new, "decode": [0.1] * (new - 1), "prefill": 0.2}}) + chr(10))
+    answered.flush()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("raise RuntimeError('no such kernel')", "ended: RuntimeError: no such kernel"),
+        ("os.kill(os.getpid(), 9)", "ended: killed, as the kernel does where memory runs out"),
+        ("raise MemoryError", "ended: MemoryError"),
+        ("new = new - 1", "gave 3 tokens in 3 steps; 4 were wanted, one by one"),
+        ("print('no JSON', file=answered)", "unexpected JSONDecodeError"),
+    ],
+)
+def test_a_peer_that_fails_costs_its_own_figures_alone(
+    fault: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three fail, in the third round and before the first; the last one is measured to its end."""
+    broken = module(tmp_path, monkeypatch, "broken_peer", PEER.format(fault=fault))
+    whole = module(tmp_path, monkeypatch, "whole_peer", PEER.format(fault="pass"))
+
+    def unprepared(*_: object) -> Any:
+        raise KeyError("a weight that has no name there")
+
+    for name, prepare in (("broken", ready), ("unprepared", unprepared), ("whole", ready)):
+        runtime = peers.Runtime(name, {"numpy": "numpy"}, prepare, sees=name == "unprepared")
+        monkeypatch.setitem(peers.PEERS, name, runtime)
+    real = Worker.__init__
+
+    def start(worker: Worker, engine: str, model: Path, threads: int, context: int, **more: Any) -> None:
+        more = {"broken": {"module": broken}, "whole": {"module": whole}}.get(engine, more)
+        real(worker, engine, model, threads, context, **more)
+
+    monkeypatch.setattr(Worker, "__init__", start)
+    both = sides(bundled_model(), EngineName.ONNXRUNTIME)
+    opened = {each.name: each.open(Asked("What?", (drawn_picture(),), ("drawn",))) for each in both}
+    found = list(
+        peers.measure_peers(
+            ["broken", "unprepared", "whole"], both[0], opened, tokens=4, rounds=3, warm_up=1, progress=lambda *_: None
+        )
+    )
+    for each in opened.values():
+        each.close()
+    first, *others, last = found
+    assert isinstance(first, FailedPeer)
+    assert (first.name, first.what) == ("broken", "text")
+    assert why in first.why
+    assert [each.what for each in others] == ["text", "a picture, dense", "a picture, CDPruner"]
+    assert all(isinstance(each, FailedPeer) and "a weight that has no name there" in each.why for each in others)
+    assert isinstance(last, Peer)
+    assert last.stages["prefill"].sides["whole"].values == (0.2,) * 3
+
+
+def ready(decoder: Path, *_: object) -> tuple[Path, str]:
+    return decoder, "fp32"
+
+
+def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> str:
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    return name
+
+
+def test_where_ours_fails_beside_a_peer_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = module(tmp_path, monkeypatch, "whole_peer", PEER.format(fault="pass"))
+    real = Worker.__init__
+
+    def start(worker: Worker, engine: str, model: Path, threads: int, context: int) -> None:
+        if engine == "ours":
+            real(worker, engine, tmp_path / "missing", threads, context)
+        else:
+            real(worker, engine, model, threads, context, module=whole)
+
+    monkeypatch.setattr(Worker, "__init__", start)
+    monkeypatch.setattr("svcli.bench.text_models.build_decoder", lambda *_: None)
+    monkeypatch.setitem(peers.PEERS, "whole", peers.Runtime("whole", {"numpy": "numpy"}, ready))
+    (graphs, _) = sides(bundled_model(), EngineName.ONNXRUNTIME)
+    side = graphs.open(Asked("What?", (drawn_picture(),), ("drawn",)))
+    with pytest.raises(WorkerError, match="ours ended"):
+        list(
+            peers.measure_peers(
+                ["whole"], graphs, {"dense": side}, tokens=4, rounds=2, warm_up=1, progress=lambda *_: None
+            )
+        )
+    side.close()
+
+
+def test_where_the_decoder_cannot_be_handed_over_every_peer_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (graphs, _) = sides(bundled_model(), EngineName.ONNXRUNTIME)
+    side = graphs.open(Asked("What?", (drawn_picture(),), ("drawn",)))
+    there_is_no_room = OSError(28, "No space left on device", "/somewhere")
+
+    def full(*_: object) -> None:
+        raise there_is_no_room
+
+    monkeypatch.setattr("svcli.bench.text_models.build_decoder", full)
+    asked = {"tokens": 4, "rounds": 2, "warm_up": 1}
+    found = list(
+        peers.measure_peers(["transformers", "llama.cpp"], graphs, {"dense": side}, **asked, progress=lambda *_: None)
+    )
+    side.close()
+    why = "/somewhere: No space left on device"
+    assert found == [FailedPeer(name=name, why=why) for name in ("transformers", "llama.cpp")]
 
 
 @pytest.mark.slow

@@ -68,6 +68,24 @@ def test_unknown_keys_are_refused(tmp_path: Path) -> None:
         read_report(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"prefill": {', '"surprise": {', "'surprise' is no stage; measure again"),
+        ("0.501", "0.0", "a time of prefill is not above 0"),
+        ("0.501", "-1", "a time of prefill is not above 0"),
+        ('"p50": 0.501', '"p50": Infinity', "finite number"),
+        ('"ratio": 0.5,', '"ratio": NaN,', "finite number"),
+    ],
+)
+def test_what_no_run_can_have_measured_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    path, written = tmp_path / "a.json", as_json(report({"prefill": 0.5}))
+    assert old in written
+    path.write_text(written.replace(old, new))
+    with pytest.raises(BenchError, match=said):
+        read_report(path)
+
+
 def test_targets_are_looked_at_first(tmp_path: Path) -> None:
     check_targets([tmp_path / "a.json"])
     for paths, said in (

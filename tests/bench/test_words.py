@@ -20,7 +20,7 @@ def test_what_became_shorter_longer_and_neither_is_said_apart() -> None:
 
 def test_nothing_is_claimed_of_few_rounds() -> None:
     assert conclusions(report({"prefill": 0.5}, values=STEADY[:9])) == [
-        "9 rounds are too few to say what skipping sped up; 10 at least are needed."
+        "9 rounds are too few to say what is faster; 10 at least are needed."
     ]
 
 
@@ -74,3 +74,10 @@ def test_what_a_peer_was_asked_is_said() -> None:
         f"Our dense side on a picture, against openvino-genai: {told}",
         f"Our skipped side on a picture, against openvino-genai with CDPruner: {told}",
     ]
+
+
+def test_peers_beside_one_side_alone_are_told_too() -> None:
+    both = beside_a_pruner()
+    alone = both.model_copy(update={"sides": {"skipped": both.sides["skipped"]}})
+    assert conclusions(alone) == [said for said in conclusions(both) if "openvino" in said]
+    assert len(conclusions(alone)) == 3

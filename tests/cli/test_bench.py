@@ -17,7 +17,7 @@ from svcli.app import app
 from svcli.bench import measure as measuring
 from svcli.bench.contestants import Asked, Graphs, ask, full_rows, sides
 from svcli.bench.memory import peaks
-from svcli.bench.report import STAGES, Report, as_json, read_report
+from svcli.bench.report import STAGES, FailedPeer, Report, as_json, read_report
 from svcli.engines import EngineName
 from svcli.settings import bundled_model
 from svcli_export.bundle import export_bundle
@@ -260,21 +260,54 @@ def written(tmp_path: Path) -> Callable[[str, Report], Path]:
     return write
 
 
-def test_a_peer_that_fails_costs_no_finished_figure(
+def test_a_peer_that_fails_is_told_everywhere_and_costs_no_finished_figure(
     bundle: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svcli.bench.text_engines import WorkerError
+    why = "transformers ended: <out of luck>"
 
     def fail(*_: Any, **__: Any) -> Any:
-        raise WorkerError("transformers ended: out of luck")
+        yield FailedPeer(name="transformers", why=why)
 
     monkeypatch.setattr(measuring, "measure_peers", fail)
     monkeypatch.setattr(measuring, "check_peers", lambda *_: None)
-    path = tmp_path / "a.json"
-    shown = invoke(bundle, picture, *QUICK, "--peer", "transformers", "--json", path)
-    assert shown.exit_code == 0, shown.output
-    assert read_report(path).remarks[0] == "a peer could not be measured: transformers ended: out of luck"
-    assert read_report(path).peers == ()
+    files = [tmp_path / name for name in ("a.json", "a.csv", "a.html")]
+    options = ["--json", files[0], "--csv", files[1], "--html", files[2]]
+    shown = invoke(bundle, picture, *QUICK, "--peer", "transformers", *options)
+    assert shown.exit_code == 1, shown.output
+    assert shown.stderr.endswith(f"Error: transformers was not measured: {why}\n")
+    table = shown.stdout.partition("Peers that could not be measured")[2].partition("Memory and energy")[0]
+    assert table.split() == ["why", "transformers", *why.split()]
+    found = read_report(files[0])
+    assert found.peers == ()
+    assert found.failed_peers == (FailedPeer(name="transformers", why=why),)
+    assert tuple(found.stages) == STAGES
+    row = list(csv.DictReader(files[1].read_text().splitlines()))[-1]
+    assert {key: value for key, value in row.items() if value} == {
+        "part": "peer", "at": "transformers", "rounds": "0", "failed": why,
+    }  # fmt: skip
+    text = files[2].read_text()
+    assert "<h2>Peers that could not be measured</h2>" in text
+    assert "transformers ended: &lt;out of luck&gt;" in text
+
+
+def test_a_file_that_cannot_be_written_costs_neither_the_others_nor_what_is_shown(
+    bundle: Path, picture: Path, tmp_path: Path
+) -> None:
+    shown = invoke(bundle, picture, *QUICK, "--json", "/dev/full", "--csv", tmp_path / "a.csv")
+    assert shown.exit_code == 3
+    assert shown.stderr.endswith("Error: /dev/full: No space left on device\n")
+    assert "Memory and energy" in shown.stdout
+    assert (tmp_path / "a.csv").read_text().startswith("part,")
+
+
+def test_steps_side_by_side_that_have_no_room_are_refused_before_anything_is_measured(
+    picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svcli.bench.sweeps.TOKENS", 1000)
+    monkeypatch.setattr(measuring, "_metered", None)
+    shown = invoke(bundled_model(), picture, *QUICK, "--batch", "2")
+    assert shown.exit_code == 2
+    assert "--batch: the dense KV cache has no room for 1000 steps behind the prompt" in shown.stderr
 
 
 def test_a_narrow_window_gets_lists_and_not_broken_tables(
