@@ -40,7 +40,7 @@ from tests.engines.test_schedule import Several
 ROOT = Path(__file__).parents[2]
 NAME = "tiny"
 END = 4
-SECONDS = 30.0
+SECONDS = 120.0
 """Longer than anything here takes, however busy the machine is."""
 
 
@@ -184,6 +184,16 @@ def serving(*options: str | Path, first: str = "", **environment: str) -> Iterat
         started.wait(SECONDS)
         listening.join(SECONDS)
         started.stderr.close()
+
+
+def slowly(seconds: float) -> str:
+    """For `serving`: so much longer takes each step, so that an answer is not over before a test has looked."""
+    return f"""
+import time
+from svcli_engines.onnx_engine import OnnxPool
+step = OnnxPool.step
+OnnxPool.step = lambda pool, new_ids: (time.sleep({seconds}), step(pool, new_ids))[1]
+"""
 
 
 @pytest.fixture(scope="session")

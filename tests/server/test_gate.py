@@ -146,13 +146,12 @@ async def drive(
     return sent
 
 
-def test_a_slow_upload_ends(inside: Opener) -> None:
+def test_a_slow_upload_ends(inside: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svcli.server.gate._LINGER_SECONDS", 0.05)
     server = inside(limits=Limits(upload_seconds=0.05))
 
     async def run() -> list[Any]:
-        gone = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.5, gone.set)
-        return await drive(server, b"{", more_body=True, gone=gone)
+        return await asyncio.wait_for(drive(server, b"{", more_body=True), SECONDS)
 
     assert asyncio.run(run())[0]["status"] == 408
 

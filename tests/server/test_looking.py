@@ -12,7 +12,7 @@ import pytest
 from svcli.server.limits import Limits
 from svcli_engines.base import EngineError, Visual
 from svcli_engines.processor import Processor
-from tests.server.conftest import NAME, Inside, Opener, Speaker
+from tests.server.conftest import NAME, SECONDS, Inside, Opener, Speaker
 from tests.server.test_completions import picture
 
 
@@ -73,10 +73,13 @@ def test_what_cannot_be_looked_at_is_told(inside: Opener, processor: Processor) 
 
 
 def test_a_look_that_takes_too_long_ends(inside: Opener, processor: Processor) -> None:
+    over = threading.Event()
+
     class Slow(Sighted):
         def encode(self, pixels: Any, cut: Any = None) -> Visual:
-            threading.Event().wait(0.3)
+            assert over.wait(SECONDS)
             return super().encode(pixels, cut)
 
     response = ask(inside([Slow(processor)], Limits(seconds=0.05)))
+    over.set()
     assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")

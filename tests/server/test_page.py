@@ -11,12 +11,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from tests.browsers import chromium
-from tests.server.conftest import NAME, Opener, Process, serving
+from tests.server.conftest import NAME, Opener, Process, serving, slowly
 from tests.server.test_serve import MODEL, PICTURE, wait_until
 
 KINDS = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
@@ -115,8 +116,14 @@ class Browser:
         return [each.text for each in self.driver.find_elements(By.CSS_SELECTOR, css)]
 
     def wait(self, condition: Callable[[], object]) -> None:
+        def holds() -> bool:
+            try:
+                return bool(condition())
+            except StaleElementReferenceException:  # the page drew it anew while it was looked at
+                return False
+
         try:
-            wait_until(lambda: bool(condition()))
+            wait_until(holds)
         except AssertionError:
             pytest.fail(f"waited in vain; the page says {self.texts('body')}, its console {self.complaints()}")
 
@@ -280,7 +287,7 @@ def test_its_policy_keeps_it_from_asking_elsewhere(browser: Browser, both: Proce
 
 
 def test_it_asks_for_the_key_and_stopping_frees_the_slot(browser: Browser, endless: Path) -> None:
-    with serving(endless, "--parallel", "1", SVCLI_API_KEY="a-key") as process:
+    with serving(endless, "--parallel", "1", first=slowly(0.05), SVCLI_API_KEY="a-key") as process:
         browser.open(process)
         browser.wait(lambda: browser.find("#key-form").is_displayed())
         assert "a key is needed" in browser.find("#problem").text

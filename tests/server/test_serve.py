@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -23,7 +24,7 @@ import pytest
 from typer.testing import CliRunner
 
 from svcli.app import app
-from tests.server.conftest import NAME, ROOT, SECONDS, Process, serving
+from tests.server.conftest import NAME, ROOT, SECONDS, Process, serving, slowly
 
 MODEL = "skipvision-tiny"
 PICTURE = ROOT / "examples" / "hamburgers.png"
@@ -55,7 +56,15 @@ def metric(process: Process, name: str) -> float:
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def wait_for(process: Process, name: str, value: float) -> None:
+    """Until a metric has this value."""
+    deadline = time.monotonic() + SECONDS
+    while (seen := metric(process, name)) != value:
+        assert time.monotonic() < deadline, f"{name} is {seen}, and not {value}"
         time.sleep(0.01)
 
 
@@ -63,7 +72,8 @@ def said_by_chat() -> str:
     command = [sys.executable, "-c", "import sys; from svcli.__main__ import main; main()"]
     words = ["chat", str(PICTURE), "How many hamburgers are there?", "--threads", "1"]
     paths = ":".join(str(ROOT / folder) for folder in ("", "export", "engines"))
-    done = subprocess.run([*command, *words], env={"PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+    environ = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([*command, *words], env=environ, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -136,30 +146,30 @@ def test_errors_are_those_that_the_official_client_knows(client: Any) -> None:
 
 
 def test_a_client_that_hangs_up_frees_its_slot(endless: Path) -> None:
-    with serving(endless, "--parallel", "1") as process, client_of(process) as client:
+    with serving(endless, "--parallel", "1", first=slowly(0.05)) as process, client_of(process) as client:
         for _ in range(3):
             stream = client.chat.completions.create(model=NAME, messages=asked(picture=None), stream=True)
             next(iter(stream))
             assert metric(process, "running") == 1
             stream.close()
-            wait_until(lambda: metric(process, "running") == 0)
+            wait_for(process, "running", 0)
         answer = client.chat.completions.create(model=NAME, messages=asked(), max_tokens=2)
         assert answer.usage.completion_tokens == 2
         assert metric(process, "completion_tokens_total") == 2  # no other answer came to its end
 
 
 def test_a_reader_who_does_not_read_holds_nobody_up(endless: Path) -> None:
-    with serving(endless, "--parallel", "2") as process, client_of(process) as client:
+    with serving(endless, "--parallel", "2", first=slowly(0.005)) as process, client_of(process) as client:
         address = urlsplit(process.url)
         with socket.create_connection((address.hostname, address.port)) as sleeping:  # type: ignore[arg-type]
             asks = {"model": NAME, "messages": asked(), "stream": True, "logprobs": True, "top_logprobs": 20}
             body = json.dumps(asks).encode()
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             sleeping.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-            wait_until(lambda: metric(process, "running") == 1)
+            wait_for(process, "running", 1)
             for _ in range(3):
                 assert client.chat.completions.create(model=NAME, messages=asked(), max_tokens=5).choices
-            wait_until(lambda: metric(process, "running") == 0)
+            wait_for(process, "running", 0)
 
 
 def test_many_ask_at_once_and_each_hears_its_own(client: Any) -> None:
@@ -229,16 +239,17 @@ def begun(process: Process, heard: list[str], **options: int) -> threading.Threa
 
     thread = threading.Thread(target=ask)
     thread.start()
-    wait_until(lambda: metric(process, "running") == 1)
+    wait_for(process, "running", 1)
     return thread
 
 
 def test_a_full_queue_is_told_at_once(endless: Path) -> None:
-    with serving(endless, "--parallel", "1", "--queue", "1", "--drain", "0") as process:
+    options = ("--parallel", "1", "--queue", "1", "--drain", "0")
+    with serving(endless, *options, first=slowly(0.05)) as process:
         heard: list[str] = []
         first = begun(process, heard)
         second = begun(process, heard)
-        wait_until(lambda: metric(process, "queue_length") == 1)
+        wait_for(process, "queue_length", 1)
         with client_of(process) as client, pytest.raises(openai.RateLimitError) as refused:
             client.chat.completions.create(model=NAME, messages=asked(picture=None))
         assert (refused.value.code, refused.value.response.headers["retry-after"]) == ("queue_full", "1")
@@ -259,16 +270,16 @@ def is_listening(process: Process) -> bool:
 
 
 def test_what_was_taken_is_ended_before_the_end(endless: Path) -> None:
-    with serving(endless, "--drain", "30") as process:
+    with serving(endless, "--drain", "100", first=slowly(0.05)) as process:
         heard: list[str] = []
-        thread = begun(process, heard, max_tokens=200)
+        thread = begun(process, heard, max_tokens=80)
         assert process.end(signal.SIGTERM) == 0
         thread.join()
     assert heard == ["length"]
 
 
 def test_what_takes_too_long_is_broken_off_and_told(endless: Path) -> None:
-    with serving(endless, "--drain", "0") as process:
+    with serving(endless, "--drain", "0", first=slowly(0.05)) as process:
         heard: list[str] = []
         thread = begun(process, heard)
         assert process.end(signal.SIGTERM) == 1
@@ -278,7 +289,7 @@ def test_what_takes_too_long_is_broken_off_and_told(endless: Path) -> None:
 
 
 def test_a_second_signal_ends_at_once(endless: Path) -> None:
-    with serving(endless, "--drain", "1000") as process:
+    with serving(endless, "--drain", "1000", first=slowly(0.05)) as process:
         heard: list[str] = []
         thread = begun(process, heard)
         process.process.send_signal(signal.SIGINT)
