@@ -13,7 +13,8 @@ import pexpect
 import pyte
 from rich.console import Console
 
-_SECONDS = 25.0
+_SECONDS = 120.0
+"""Longer than anything here takes, however busy the machine is."""
 
 
 def _lines(screen: Any) -> list[str]:

@@ -18,14 +18,22 @@ from tests.optional import missing
 
 ROOT = Path(__file__).parents[2]
 HEIGHT = 50
-SECONDS = 25.0
+SECONDS = 120.0
+"""Longer than anything here takes, however busy the machine is."""
 PROGRAM = """
-import os, sys, time
+import os, sys, time, tty
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from svcli import ui
 from svcli.chat import markdown
 folder, text = Path({folder!r}), {text!r}
+tty.setcbreak(0)
+def tell(name):
+    # A terminal answers what it is when it has drawn what came before.
+    os.write(1, b"\\x1b[c")
+    while os.read(0, 1) != b"c":
+        pass
+    (folder / name).touch()
 live = markdown.LiveMarkdown(ui.stdout())
 half = len(text) // 2
 for number, part in enumerate((text[:half], text[half:])):
@@ -33,20 +41,21 @@ for number, part in enumerate((text[:half], text[half:])):
         live._next_drawing = 0.0  # each piece is drawn
         live.add(part[place : place + 7])
     if number == 0:
-        (folder / "half").touch()
+        tell("half")
         while os.get_terminal_size().columns != {width}:
             time.sleep(0.01)
 live.finish()
-(folder / "done").touch()
-time.sleep(60)
+tell("done")
+time.sleep(600)
 """
 
 
 class Tmux:
     """One window of a server of its own."""
 
-    def __init__(self, socket: Path, width: int, *command: str) -> None:
-        self._socket = socket
+    def __init__(self, folder: Path, width: int, *command: str) -> None:
+        """With its socket in `folder`."""
+        self._folder = folder
         environment = {**os.environ, "LC_ALL": "C.UTF-8", "TERM": "xterm-256color"}
         size = ("-x", str(width), "-y", str(HEIGHT))
         self._run("-f", "/dev/null", "new-session", "-d", *size, *command, env=environment)
@@ -63,8 +72,9 @@ class Tmux:
         self._run("kill-server")
 
     def _run(self, *arguments: str, env: dict[str, str] | None = None) -> str:
-        command = ["tmux", "-u", "-S", str(self._socket), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+        # From the folder, since paths of sockets are short.
+        command = ["tmux", "-u", "-S", "socket", *arguments]
+        return subprocess.run(command, cwd=self._folder, check=True, capture_output=True, text=True, env=env).stdout
 
 
 def wait_for(path: Path) -> None:
@@ -97,7 +107,7 @@ def test_an_answer_is_there_once(text: str, before: int, after: int, windows: li
         folder.mkdir()
         paths = [str(ROOT), str(ROOT / "export"), str(ROOT / "engines")]
         program = PROGRAM.format(paths=paths, folder=str(folder), text=text, width=after)
-        window = Tmux(folder / "socket", width, sys.executable, "-c", program)
+        window = Tmux(folder, width, sys.executable, "-c", program)
         windows.append(window)
         wait_for(folder / "half")
         if width != after:

@@ -239,6 +239,10 @@ def terminal(
     """A console on a pseudo-terminal whose other end answers what it is asked, and where `typed` was typed before."""
     leader, follower = os.openpty()
     over = threading.Event()
+    os.write(leader, typed)
+    echo = b""
+    while len(echo) < len(typed.replace(b"\n", b"\r\n")):  # it has arrived, too
+        echo += os.read(leader, 1024)
 
     def run() -> None:
         asked = b""
@@ -252,8 +256,6 @@ def terminal(
                 return
 
     thread = threading.Thread(target=run, daemon=True)
-    os.write(leader, typed)
-    time.sleep(0.05)
     thread.start()
     try:
         with os.fdopen(os.dup(follower), "r") as stdin, os.fdopen(os.dup(follower), "w") as stdout:
@@ -291,8 +293,8 @@ def test_a_terminal_is_asked_for_sixel_and_nothing_that_was_typed_is_lost(
     with terminal(monkeypatch, lambda _asked: answer) as (screen, follower):
         before = termios.tcgetattr(follower)
         began = time.monotonic()
-        # Answers that come are not waited for that long.
-        assert ask_for_sixel(screen, XTERM, 20 if b"c" in answer else 0.5) == expected
+        # Answers that come are not waited for that long; behind what is none, the whole time is.
+        assert ask_for_sixel(screen, XTERM, 20 if b"c" in answer else 2) == expected
         assert time.monotonic() - began < 10
         assert termios.tcgetattr(follower) == before
 
