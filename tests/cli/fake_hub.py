@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+SECONDS = 120.0
+"""Longer than anything here takes, however busy the machine is."""
+
 
 @dataclass
 class Repository:
@@ -115,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         hub.cut.set()
         if repository.held is not None:
-            repository.held.wait(30)
+            repository.held.wait(SECONDS)
         self.close_connection = True
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, with_body: bool) -> None:

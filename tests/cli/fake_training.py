@@ -77,10 +77,15 @@ def events(recipe: TuneRecipe, output: Path, first: int) -> Iterator[Event]:
 
 
 class FakeTraining:
-    """In place of `tune`; `pause` is how many seconds a step takes, and `stop` raises at a step, or does not."""
+    """In place of `tune`; `pause` is how many seconds a step takes, and `stop` raises at a step, or does not.
 
-    def __init__(self, pause: float = 0.0, stop: Callable[[Event], None] = lambda _event: None) -> None:
-        self.pause, self.stop = pause, stop
+    The step behind `last` does not end.
+    """
+
+    def __init__(
+        self, pause: float = 0.0, stop: Callable[[Event], None] = lambda _event: None, last: int | None = None
+    ) -> None:
+        self.pause, self.stop, self.last = pause, stop, last
 
     def __call__(self, recipe: TuneRecipe, _base: object, output: Path, report: Report, *, fresh: bool = False) -> Path:
         state, log = output / "state", output / "log.jsonl"
@@ -91,7 +96,7 @@ class FakeTraining:
         with log.open("a") as file:
             for event in events(recipe, output, first):
                 if isinstance(event, StepEvent):
-                    time.sleep(self.pause)
+                    time.sleep(600 if event.step - 1 == self.last else self.pause)
                 self.stop(event)
                 if not isinstance(event, StageEvent):
                     file.write(json.dumps(row(event)) + "\n")

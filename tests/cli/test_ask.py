@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -173,9 +174,10 @@ def test_a_run_that_is_stopped_goes_on(number: int, long_bundle: Path, pictures:
     command = [sys.executable, "-m", "svcli", *arguments, "--parallel", "2"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         while not output.exists() or output.read_bytes().count(b"\n") < 5:
-            assert process.poll() is None
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.001)
         process.send_signal(number)
-        process.wait(30)
+        process.wait(120)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     done = output.read_bytes().count(b"\n")
     assert 5 <= done < 400

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from skipvision.published import load_published
-from tests.cli.fake_hub import Hub, Repository, serving
+from tests.cli.fake_hub import SECONDS, Hub, Repository, serving
 from tests.optional import missing
 
 ROOT = Path(__file__).parents[2]
@@ -117,9 +117,8 @@ def environment(tmp_path: Path) -> Environment:
 
 
 def run(program: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=env, capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
 def fetch(name: str, env: dict[str, str], patch: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -184,9 +183,9 @@ def test_a_download_that_was_stopped_is_never_taken_for_whole(
     with serving({"owner/llava": whole}) as hub:
         env = environment(hub)
         process = subprocess.Popen([sys.executable, "-c", FETCHES % "", "owner/llava"], env=env, stderr=subprocess.PIPE)
-        assert hub.cut.wait(30)
+        assert hub.cut.wait(SECONDS)
         process.send_signal(number)
-        _, said = process.communicate(timeout=10)
+        _, said = process.communicate(timeout=SECONDS)
         whole.held.set()
         assert process.returncode == (130 if number == signal.SIGINT else -number)
         assert b"Traceback" not in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,15 +217,14 @@ def test_two_runs_at_once_and_a_set_that_changes_meanwhile(command: list[str], d
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     ) as first:
-        assert first.stdout is not None
-        assert '"step": 1,' in first.stdout.readline()
-        fails(train(recipe), 1, "another run goes on in this folder")
-        write(data, [*FEW, asked("A cup")])
         try:
-            _, said = first.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            first.send_signal(signal.SIGKILL)
-            raise
+            assert first.stdout is not None
+            assert '"step": 1,' in first.stdout.readline()
+            fails(train(recipe), 1, "another run goes on in this folder")
+            write(data, [*FEW, asked("A cup")])
+            _, said = first.communicate(timeout=300)
+        finally:
+            first.kill()
     (sentence,) = said.splitlines()
     assert sentence.startswith(f"Error: {data / 'set.jsonl'}: has changed since it was opened")
     assert first.returncode == 2

@@ -27,14 +27,14 @@ ROOT = Path(__file__).parents[2]
 KINDS = ["step", "validation", "saved", "broken", "done"]
 
 
-def program(pause: float) -> list[str]:
-    """svcli with a run that computes nothing, as a process of its own."""
+def program(pause: float, last: int | None = None) -> list[str]:
+    """svcli with a run that computes nothing, as a process of its own; behind step `last` it waits to be stopped."""
     paths = [str(ROOT), str(ROOT / "export"), str(ROOT / "engines")]
     code = (
         f"import sys; sys.path[:0] = {paths!r}\n"
         "import pytest\n"
         "from tests.cli.fake_training import FakeTraining, install\n"
-        f"install(pytest.MonkeyPatch(), FakeTraining({pause}))\n"
+        f"install(pytest.MonkeyPatch(), FakeTraining({pause}, last={last}))\n"
         "from svcli.__main__ import main\n"
         "main()"
     )
@@ -144,7 +144,7 @@ def test_an_encoding_without_blocks_does_no_harm(recipe: Path, tmp_path: Path) -
 
 def test_ctrl_c_says_where_the_same_command_goes_on_and_it_does(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    child = spawn(program(0.1), "train", recipe, "-o", run)
+    child = spawn(program(0, last=10), "train", recipe, "-o", run)
     child.expect("step 10: saved")
     child.sendintr()
     screen = ESCAPE.sub("", finish(child)).replace("\r\n", "\n")
@@ -159,7 +159,7 @@ def test_ctrl_c_says_where_the_same_command_goes_on_and_it_does(recipe: Path, tm
 
 def test_a_stop_by_another_process_is_told_too(recipe: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*program(0.1), "train", str(recipe), "-o", str(tmp_path / "run")],
+        [*program(0, last=0), "train", str(recipe), "-o", str(tmp_path / "run")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,10 @@ def test_a_run_that_is_stopped_goes_on(number: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "svcli", "eval", *arguments]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not path.exists() or path.read_bytes().count(b"\n") < 6:
-            assert process.poll() is None
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.001)
         process.send_signal(number)
-        process.wait(30)
+        process.wait(120)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     before = path.read_bytes()
     kept = before[: before.rindex(b"\n") + 1]
