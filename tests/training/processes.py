@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ def run_toys(*jobs: Job, world: int = 1, options: Sequence[str] = ()) -> subproc
     """One after the other, in the same processes."""
     launcher = []
     if world > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(_free_port())]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     given = json.dumps([asdict(job) for job in jobs])
     return subprocess.run(
         [sys.executable, *launcher, str(Path(__file__).with_name("toy.py")), given, *options],
@@ -44,12 +43,6 @@ def run_toys(*jobs: Job, world: int = 1, options: Sequence[str] = ()) -> subproc
         timeout=SECONDS,
         check=False,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def rows(output: Path, event: str) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -116,10 +115,9 @@ def test_processes_that_validate_go_on_and_write_the_best(tmp_path: Path) -> Non
 
 
 def test_where_one_process_dies_the_other_ends(tmp_path: Path) -> None:
-    start = time.monotonic()
+    """Within `processes.SECONDS`; a sum of gradients would wait for an hour."""
     done = run_toys(Job(str(tmp_path), task={"accumulate": 2}), world=2, options=("--kill-at", "1", "--kill-rank", "1"))
     assert done.returncode != 0
-    assert time.monotonic() - start < 60
     assert "Signal 9" in done.stderr
 
 
