@@ -38,6 +38,7 @@ def chromium(profile: Path) -> Iterator[Chrome]:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     started = Chrome(options, ChromeService(driver))
+    started.set_script_timeout(120)
     try:
         yield started
     finally:

