@@ -94,9 +94,13 @@ def read_config(directory: Path) -> ModelConfig:
     if not directory.is_dir():
         raise NoCheckpointError(f"{directory}: no such checkpoint folder")
     file = directory / "config.json"
-    for name in (file.name, _WEIGHTS):
-        if not (directory / name).exists():
-            raise CheckpointError(f"{directory}: {name} is missing{_instead(directory)}")
+    missing = [name for name in (file.name, _WEIGHTS) if not (directory / name).exists()]
+    if len(missing) == 2:
+        raise NoCheckpointError(
+            f"{directory}: {missing[0]} is missing{_instead(directory) or ', so it is no checkpoint'}"
+        )
+    if missing:
+        raise CheckpointError(f"{directory}: {missing[0]} is missing{_instead(directory)}")
     try:
         return ModelConfig.from_json(file.read_text(encoding="utf-8"))
     except ConfigError as error:

@@ -14,7 +14,11 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
     """Fills a new folder by `write` and only then puts it in place of `directory`, so that it is never half there."""
     directory = directory.resolve()  # what a link leads to is replaced, not the link
     directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        error.filename = str(directory)  # and not a name that nobody gave
+        raise
     try:
         fresh.chmod(0o755)
         write(fresh)

@@ -29,11 +29,13 @@ def check_targets(paths: Sequence[Path]) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raises UsageError where `path`, which need not be there, can be no folder."""
+    """Raises UsageError where `path`, which need not be there, can be no folder, or none that is written to."""
     for each in (path, *path.parents):
         if each.exists():
             if not each.is_dir():
                 raise UsageError(f"{each} is a file; name a folder")
+            if not os.access(each, os.W_OK | os.X_OK):
+                raise UsageError(f"{each}: cannot be written to")
             return
 
 

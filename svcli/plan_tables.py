@@ -33,8 +33,8 @@ def render(plans: PlanSet, record: PlanRecord, contract: Contract, remarks: dict
     memory = f"KV cache {per_layer} a layer, {full.rows}→{reduced.rows} rows; prompts up to {record.max_context} rows"
     memory += f"; {record.num_sequences} sequences at a time" if record.num_sequences > 1 else ""
     # A title would be folded to the width of its table.
-    ui.show(f"{plans.folder}: {built}")
-    ui.show(memory)
+    ui.say(f"{plans.folder}: {built}")
+    ui.say(memory)
     ui.table("", ("plan", "layers", "weights", "scratch", "on disk", "plugins", ""), rows)
 
 

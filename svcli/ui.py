@@ -72,6 +72,12 @@ def show(line: str) -> None:
     console.print(encodable(console, printable(line)), soft_wrap=True)
 
 
+def say(sentence: str) -> None:
+    """A sentence of a result, for reading: one line for programs, whole words for people."""
+    console = stdout()
+    console.print(encodable(console, printable(sentence)), soft_wrap=not console.is_terminal)
+
+
 def welcome(greeting: str, first_steps: Sequence[tuple[str, str]], more: str) -> None:
     """A greeting, what to try first (commands, and what each is for), and where there is more."""
     from rich.padding import Padding

@@ -282,6 +282,8 @@ def _check_contract(bundle: Path, manifest: Manifest, variant: str) -> None:
 
 
 def _read(bundle: Path) -> dict[str, Any]:
+    if bundle.is_file():
+        raise NoBundleError(f"{bundle}: a file, and a bundle is a folder; write one with `svcli export`")
     if not bundle.is_dir():
         raise NoBundleError(f"{bundle}: no such bundle folder; write one with `svcli export`")
     try:

@@ -105,6 +105,8 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterato
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_short, value)) or "none"
     text = "none" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 

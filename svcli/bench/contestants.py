@@ -102,7 +102,13 @@ class Contestant:
         images: Sequence[Image.Image] | None = None,
     ) -> dict[str, float]:
         """Seconds of each stage of a whole answer of so many tokens, from the pictures' files on, nothing known; or
-        from `images`, which are decoded."""
+        from `images`, which are decoded.
+
+        Raises UsageError for more tokens than the KV cache has room for.
+        """
+        # The last token is not put into the cache.
+        if num_tokens > (room := self.engine.capacity - self.prompt.layout.num_kept + 1):
+            raise UsageError(f"--tokens {num_tokens}: the KV cache of the {self.name} graphs has room for {room}")
         start = clock()
         if images is None:
             images = self.images()

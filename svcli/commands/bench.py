@@ -167,9 +167,9 @@ def compare(
         ("", "A", "B", "B / A", "verdict"),
         [(line.title, *map(time, line.medians), interval(line.ratio), line.verdict) for line in found.lines],
     )
-    ui.show(found.how_sure)
+    ui.say(found.how_sure)
     for sentence in found.conclusions:
-        ui.show(sentence)
+        ui.say(sentence)
 
 
 def render(report: Report) -> None:
@@ -178,7 +178,7 @@ def render(report: Report) -> None:
     from svcli.bench.words import conclusions
 
     settings = report.settings
-    ui.show(
+    ui.say(
         f"{report.model.name}, {report.model.precision}, {settings.engine}, {report.machine.gpu or report.machine.cpu}:"
         f" {report.num_rounds} rounds of {settings.tokens} tokens, {settings.warm_up} before them to warm up"
     )
@@ -186,10 +186,10 @@ def render(report: Report) -> None:
     for table in tables(report):
         ui.table(table.title, table.header, table.rows)
         if table.below:
-            ui.show(table.below)
+            ui.say(table.below)
             ui.show("")
     for sentence in conclusions(report):
-        ui.show(sentence)
+        ui.say(sentence)
     for remark in report.remarks:
         ui.note(remark)
 

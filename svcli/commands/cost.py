@@ -213,7 +213,7 @@ def _head(subject: Subject) -> str:
 def _render_presets(subject: Subject, every: dict[str, Estimate], num_text: int) -> None:
     from skipvision.presets import PRESETS
 
-    ui.show(_head(subject))
+    ui.say(_head(subject))
     rows = []
     for name, found in every.items():
         dense, skipped, printed = found.dense, found.skipped, PRESETS[name].printed.flops
@@ -231,12 +231,12 @@ def _render_presets(subject: Subject, every: dict[str, Estimate], num_text: int)
     if subject.known is not None and subject.config.tiles is not None:
         height, width = _LARGE
         count = subject.known.visual_tokens(height, width)
-        ui.show(
+        ui.say(
             f"In tiles, a picture of {height} x {width} takes {count:,} rows of the plain model; below is the paper's."
         )
     behind = f"+ {num_text} of text"
     ui.table("", ("preset", "rows", "KV rows", "KV cache", "prefill FLOPs", behind, "paper's 8B"), rows)
-    ui.show("Shares of the plain model's. How the paper counts is not known; --preset NAME shows one in full.")
+    ui.say("Shares of the plain model's. How the paper counts is not known; --preset NAME shows one in full.")
 
 
 def _render(subject: Subject, setting: Setting, found: Estimate, num_text: int, gpu: Gpu | None) -> None:
@@ -244,7 +244,7 @@ def _render(subject: Subject, setting: Setting, found: Estimate, num_text: int, 
     split = f"{setting.num_retained} retained and {setting.num_skipped} skipped of {setting.num_tokens}"
     if setting.num_runs > 1:
         split += f", in each of {setting.num_runs} views"
-    ui.show(_head(subject))
+    ui.say(_head(subject))
     rows = [
         _rows("rows of the picture", dense.rows, skipped.rows),
         _rows("KV rows of the picture", dense.kv_rows, skipped.kv_rows),
@@ -269,7 +269,7 @@ def _render(subject: Subject, setting: Setting, found: Estimate, num_text: int, 
             notes.append(f"{gpu.title} has {ui.size(gpu.memory_bytes)}: the decoder in fp16 does not fit.")
         notes.append(f"At best: peaks of {gpu.title} by its data sheet, everything read once; nothing was measured.")
     for note in notes:
-        ui.show(note)
+        ui.say(note)
 
 
 def _share(part: float, whole: float) -> str:

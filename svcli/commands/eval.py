@@ -226,11 +226,11 @@ def _render(report: Report, out: Path) -> None:
     if more:
         ui.table("", ("", *(each.name for each in report.answers)), more)
     for sentence in report.sentences():
-        ui.show(sentence)
+        ui.say(sentence)
     if methods := sorted({each.interval.method for each in report.answers if each.interval is not None}):
         paired = sorted({each.method for each in report.to_own.values() if each is not None})
         beside = f"; of differences, on the same items, {' and '.join(paired)}" if paired else ""
-        ui.show(f"Intervals: 95 %, {' and '.join(methods)}{beside}.")
+        ui.say(f"Intervals: 95 %, {' and '.join(methods)}{beside}.")
     ui.show(f"Results: {out}")
 
 

@@ -10,6 +10,7 @@ import typer
 
 from svcli import completions, ui
 from svcli.errors import UsageError
+from svcli.files import check_folder
 from svcli.models import model_folder
 from svcli.remarks import dense_remarks, remarks
 from svcli.skip_option import parse_setting, parse_variants
@@ -109,6 +110,7 @@ def export(
     if variants and no_variants:
         raise UsageError("--variant and --no-variants: name one of them")
     setting, asked = parse_setting(preset, skip), parse_variants(variants or ())
+    check_folder(output.parent)
     folder = model_folder(source)
     tower = None if vision_tower is None else model_folder(vision_tower, check=_any_config)
     from svcli_export.bundle import export_bundle

@@ -158,7 +158,7 @@ def _render(folder: Path, summary: BundleSummary) -> None:
             [_variant(name, each) for name, each in summary.variants.items()],
         )
         for remark in dense_remarks(manifest):
-            ui.show(remark)
+            ui.say(remark)
     files = manifest.files.items()
     ui.table(
         "Files",

@@ -163,12 +163,10 @@ def _render(model: str, pictures: list[str], found: Measurement) -> None:
 
     spread, skip, count = found.spread, found.skip, len(pictures)
     rows = _by_group(spread.mean.rows, int)
-    ui.show(f"{model}: {skip.num_retained} retained and {skip.num_skipped} skipped tokens of a picture")
-    ui.show(
-        f"Pictures: {', '.join(pictures)}; rows: {', '.join(f'{number} {group}' for group, number in rows.items())}"
-    )
+    ui.say(f"{model}: {skip.num_retained} retained and {skip.num_skipped} skipped tokens of a picture")
+    ui.say(f"Pictures: {', '.join(pictures)}; rows: {', '.join(f'{number} {group}' for group, number in rows.items())}")
     if count > 1:
-        ui.show(f"Means of {count} pictures; in brackets the lowest..highest of any.")
+        ui.say(f"Means of {count} pictures; in brackets the lowest..highest of any.")
     ui.show("")
     layers = range(len(spread.mean.size))
     for title, name in (
@@ -200,10 +198,10 @@ def _render(model: str, pictures: list[str], found: Measurement) -> None:
         [(f"layer {layer + 1}", *(_cell(spread, name, (layer,)) for name in shown)) for layer in layers],
     )
     same = round(count * float(spread.mean.same_token))
-    ui.show(f"Next token: the same on {same} of {count}, KL {_cell(spread, 'kl', ())} nats")
+    ui.say(f"Next token: the same on {same} of {count}, KL {_cell(spread, 'kl', ())} nats")
     if skip.num_skipped and skip.visibility == "image":
-        ui.show("Text does not see skipped rows in this model: what they say comes through the last summary row.")
-    ui.show("Updates and bounds are defined by svcli, not by the paper: docs/profile.md")
+        ui.say("Text does not see skipped rows in this model: what they say comes through the last summary row.")
+    ui.say("Updates and bounds are defined by svcli, not by the paper: docs/profile.md")
 
 
 def _cell(spread: Spread, name: str, place: tuple[int, ...], *, percent: bool = False) -> str:

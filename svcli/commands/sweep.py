@@ -121,8 +121,8 @@ def sweep(
         return
     _render(found, f"{chosen.title}, {name}", chosen.metric)
     for sentence in content["remarks"]:
-        ui.show(sentence)
-    ui.show(f"Choose {choice.setting}: {choice.reason}")
+        ui.say(sentence)
+    ui.say(f"Choose {choice.setting}: {choice.reason}")
     ui.show(f"Results: {output}")
 
 

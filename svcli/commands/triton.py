@@ -20,6 +20,7 @@ from svcli.answer_options import (
     Timeout,
 )
 from svcli.engines import EngineName
+from svcli.files import check_folder
 from svcli.settings import bundled_model
 
 
@@ -58,6 +59,7 @@ def triton(
     from svcli.triton.repository import write_model
     from svcli.triton.settings import Settings
 
+    check_folder(output)
     settings = Settings(
         engine=engine.value,
         variant=variant,

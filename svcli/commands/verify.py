@@ -97,7 +97,7 @@ def verify(
         reference = f"{outcome.reference} on {checkpoint or 'the weights of the bundle'}{what}"
         for comparison in outcome.comparisons:
             _render(comparison, reference, layers=layers)
-        ui.show(f"Pictures: {', '.join(outcome.pictures)}")
+        ui.say(f"Pictures: {', '.join(outcome.pictures)}")
         for name, error in outcome.left_out.items():
             ui.note(f"{name} was left out: {explain(error)[0]}")
     for comparison in outcome.mismatches:

@@ -66,6 +66,16 @@ def test_runs_that_were_not_measured_alike_are_refused_unless_asked() -> None:
         compare_reports(report(), other, ("weather",))
 
 
+def test_other_pictures_are_named_in_short() -> None:
+    first, second = (
+        found.model_copy(update={"settings": found.settings.model_copy(update={"pictures": (digit * 64, "5" * 64)})})
+        for found, digit in ((report(), "1"), (report(), "2"))
+    )
+    (said,) = compare_reports(first, second, ("settings",)).differences
+    shown = [" ".join(f"{digit * 37}..." for digit in (number, "5")) for number in "12"]
+    assert said == f"settings differs: pictures {shown[0]} -> {shown[1]}"
+
+
 def test_names_and_loads_may_differ() -> None:
     assert compare_reports(report(), report(name="moved", load=0.9)).differences == ()
 

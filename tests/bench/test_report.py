@@ -129,6 +129,14 @@ def test_a_folder_may_be_made_where_no_file_is_in_the_way(tmp_path: Path) -> Non
             check_folder(path)
 
 
+def test_a_folder_that_is_not_written_to_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != tmp_path)
+    for path in (tmp_path, tmp_path / "new" / "newer"):
+        with pytest.raises(UsageError, match=f"^{tmp_path}: cannot be written to$"):
+            check_folder(path)
+    check_folder(tmp_path.parent / "new")
+
+
 def test_an_older_file_stays_whole_where_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write(path, "old")

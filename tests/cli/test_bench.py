@@ -175,6 +175,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         (["--batch", "0"], "--batch 0: write whole numbers"),
         (["--batch", "1,,2"], "write whole numbers"),
         (["--batch", "4096"], "1024 is the most"),
+        (["--tokens", "999"], "--tokens 999: the KV cache of the dense graphs has room for"),
         (["--context", "5"], "--context 5: the prompt alone has"),
         (["--context", "90"], "has room for 80"),
         (["--context", "9" * 18], "has room for 80"),

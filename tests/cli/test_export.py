@@ -105,6 +105,12 @@ def test_settings_that_cannot_work_are_refused(
     assert not (tmp_path / "bundle").exists()
 
 
+def test_where_no_bundle_can_lie_is_said_before_anything_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = export(checkpoint, tmp_path / "file" / "bundle")
+    assert (done.exit_code, done.stderr) == (2, f"Error: {tmp_path / 'file'} is a file; name a folder\n")
+
+
 @pytest.mark.parametrize("damage", ["folder", "config.json", "model.safetensors", "weights cut"])
 def test_a_broken_checkpoint_is_one_sentence(checkpoint: Path, tmp_path: Path, damage: str) -> None:
     broken = tmp_path / "checkpoint"

@@ -51,6 +51,18 @@ def test_first_steps_break_between_words(monkeypatch: pytest.MonkeyPatch) -> Non
     assert said == ["Ask about a picture.", "", *first, "", "And --help"]
 
 
+@pytest.mark.parametrize(("is_terminal", "lines"), [(True, ["no difference is", "shown in it"]), (False, None)])
+def test_a_sentence_breaks_between_words_for_people_alone(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, lines: list[str] | None
+) -> None:
+    screen, sentence = io.StringIO(), "no difference is shown in it"
+    monkeypatch.setattr(
+        ui, "stdout", lambda: Console(file=screen, width=20, force_terminal=is_terminal, color_system=None)
+    )
+    ui.say(sentence)
+    assert [line.rstrip() for line in screen.getvalue().splitlines()] == (lines or [sentence])
+
+
 def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
     assert ui.printable("a\x1b[31mb\n\tc\x07\x9b\ud800") == "a\ufffd[31mb\n\tc\ufffd\ufffd\ufffd"
 

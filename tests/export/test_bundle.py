@@ -340,6 +340,9 @@ def test_a_broken_manifest_is_refused(bundle: Path, text: str) -> None:
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such bundle folder"):
         load_manifest(tmp_path / "absent")
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(BundleError, match=r"photo\.png: a file, and a bundle is a folder"):
+        load_manifest(tmp_path / "photo.png")
     with pytest.raises(BundleError, match=r"has no manifest\.json"):
         load_manifest(tmp_path)
 

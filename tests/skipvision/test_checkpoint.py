@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skipvision import folders
-from skipvision.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from skipvision.checkpoint import CheckpointError, NoCheckpointError, load_checkpoint, save_checkpoint
 from skipvision.config import SkipConfig
 from skipvision.folders import write_directory
 from skipvision.model import SkipVisionModel
@@ -123,7 +124,7 @@ def make_a_folder_of(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("config.json"), r"checkpoint: config\.json is missing"),
+        (remove("config.json"), r"checkpoint: config\.json is missing$"),
         (remove(WEIGHTS), r"checkpoint: model\.safetensors is missing"),
         (cut, r"model\.safetensors: unreadable"),
         (empty, r"model\.safetensors: unreadable"),
@@ -152,9 +153,22 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_where_no_folder_can_be_made_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**asked: Any) -> str:
+        raise OSError(errno.EROFS, "Read-only file system", str(asked["dir"] / f"{asked['prefix']}a1b2"))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write_directory(tmp_path / "new", lambda _folder: None)
+    assert caught.value.filename == str(tmp_path / "new")
+
+
 def test_a_missing_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none: no such checkpoint folder$"):
         load_checkpoint(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NoCheckpointError, match=r"empty: config\.json is missing, so it is no checkpoint$"):
+        load_checkpoint(tmp_path / "empty")
 
 
 def test_saving_again_replaces_everything(tmp_path: Path) -> None:
