@@ -186,7 +186,7 @@ def test_what_cannot_be_measured_is_one_sentence(
 
 
 def test_what_is_no_model_is_refused(picture: Path, tmp_path: Path) -> None:
-    for folder, code in ((tmp_path, 1), (tmp_path / "nowhere", 2)):
+    for folder, code in ((tmp_path, 2), (tmp_path / "nowhere", 2)):
         done = profile(folder, picture, code=code)
         assert len(done.stderr.splitlines()) == 1
         assert str(folder) in done.stderr
