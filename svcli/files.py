@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from skipvision.locks import acquire
 from svcli.errors import UsageError
 
 
@@ -65,14 +65,8 @@ def keep_others_out(file: IO[bytes], path: Path, command: str) -> None:
 
     Raises UsageError where another `command` does so. A device, and a file system without locks, keep nobody out.
     """
-    if _is_device(path):
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{path}: another {command} is writing it; wait until it ends, or choose another") from None
-    except OSError:
-        pass
+    if not _is_device(path) and not acquire(file):
+        raise UsageError(f"{path}: another {command} is writing it; wait until it ends, or choose another")
 
 
 def _is_device(path: Path) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from skipvision.locks import acquire
 from skipvision.training.errors import TrainError
 
 
@@ -17,10 +17,6 @@ def alone(folder: Path) -> Iterator[None]:
     Raises TrainError where there is one already. A file system without locks keeps nobody out.
     """
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainError(f"{folder}: another run goes on in this folder; name another one, or stop that") from None
-        except OSError:
-            pass
+        if not acquire(file):
+            raise TrainError(f"{folder}: another run goes on in this folder; name another one, or stop that")
         yield
