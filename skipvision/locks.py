@@ -7,7 +7,7 @@ from typing import IO, Any
 
 
 def acquire(file: IO[Any]) -> bool:
-    """Whether nobody else holds `file`, which is held then until it is closed. Without locks on a disk, nobody does."""
+    """Whether nobody else holds `file`, which is held then until it is closed. True where a disk has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -286,8 +286,8 @@ def as_csv(report: Report) -> str:
             row = (part, at, name, side, len(figure.values), figure.spread.p50, figure.spread.p95, *interval, *work, "")
             writer.writerow("" if value is None else _rounded(value) for value in row)
     for peer in report.failed_peers:
-        row_of_none = dict.fromkeys(COLUMNS, "") | {"part": "peer", "at": peer.place, "rounds": 0, "failed": peer.why}
-        writer.writerow(row_of_none.values())
+        cells = dict.fromkeys(COLUMNS, "") | {"part": "peer", "at": peer.place, "rounds": 0, "failed": peer.why}
+        writer.writerow(cells.values())
     return text.getvalue()
 
 
